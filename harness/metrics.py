@@ -1,0 +1,101 @@
+"""How far a tensor is from what was expected, seen from five sides; and candidates that must not pass.
+
+A global number swamps one bad row, one dead channel and a small gain: each has its own side here.
+
+Letters: N rows (all leading axes), M channels (last axis).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+SIDES = ("max", "mean", "row", "channel", "gain")
+# A row or channel is judged against its own size, but not below this share of the tensor's.
+QUIET = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Relative errors, each 0 for equal tensors.
+
+    max: largest |a − e| / largest |e|. mean: mean |a − e| / mean |e|. row, channel: the worst row's, channel's
+    rms(a − e) / rms(e). gain: |⟨a, e⟩ / ⟨e, e⟩ − 1|, in which independent errors cancel and a factor does not.
+    """
+
+    max: float
+    mean: float
+    row: float
+    channel: float
+    gain: float
+
+    def used(self, budget: "Errors") -> float:
+        """The largest share of `budget` that is used; not a number when an error is."""
+        shares = [getattr(self, side) / getattr(budget, side) for side in SIDES]
+        return float("nan") if any(s != s for s in shares) else max(shares)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` as fp64 `[N, M]`; a vector is one row."""
+    wide = x.detach().double()
+    return wide.reshape(1, -1) if wide.dim() < 2 else wide.flatten(0, -2)
+
+
+def errors(actual: torch.Tensor, expected: torch.Tensor) -> Errors:
+    """The five errors of `actual`; infinite when the shapes differ or `actual` is not finite where `expected` is.
+
+    Where nothing but zeros is expected, every error is 0 for zeros and infinite for anything else.
+    """
+    if actual.shape != expected.shape or not bool(torch.isfinite(actual).all()):
+        return Errors(*[float("inf")] * 5)
+    a, e = as_rows(actual), as_rows(expected)
+    off = a - e
+    size = e.square().mean().sqrt()
+    if size == 0:
+        return Errors(*[0.0 if bool((off == 0).all()) else float("inf")] * 5)
+
+    def worst(axis: int) -> float:
+        if e.shape[0] == 1 and e.shape[1] > 1 and axis == 0:
+            # The channels of a single row are its entries: the largest error already says it.
+            return float(off.abs().max() / e.abs().max())
+        own = e.square().mean(axis).sqrt()
+        return float((off.square().mean(axis).sqrt() / own.clamp_min(QUIET * float(size))).max())
+
+    return Errors(
+        max=float(off.abs().max() / e.abs().max()),
+        mean=float(off.abs().mean() / e.abs().mean()),
+        row=worst(1),
+        channel=worst(0),
+        gain=abs(float((a * e).sum() / e.square().sum()) - 1.0),
+    )
+
+
+def null_candidates(expected: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Wrong tensors by kind, each of which a check of `expected` must reject.
+
+    zeros; rows moved on by one; 4 % too large; one channel of middling size dead; a buffer whose last third was never
+    rewritten. Kinds that leave `expected` as it is (equal rows, a single entry) are left out.
+    """
+    if expected.numel() == 0 or not bool((expected != 0).any()):
+        return
+    flat = as_rows(expected)
+    shape = expected.shape
+    yield "zeros", torch.zeros_like(flat).reshape(shape)
+    moved = flat.roll(1, 0) if flat.shape[0] > 1 else flat.roll(1, 1)
+    if not torch.equal(moved, flat):
+        yield "rows moved", moved.reshape(shape)
+    yield "4 % gain", (flat * 1.04).reshape(shape)
+    if flat.shape[1] > 1:
+        energy = flat.square().sum(0)
+        # Middling among the channels that carry anything: a dead channel that was silent is no fault.
+        alive = energy > energy.mean() * QUIET
+        ranked = torch.where(alive, energy, torch.inf).argsort()
+        dead = flat.clone()
+        dead[:, ranked[int(alive.sum()) // 2]] = 0
+        yield "dead channel", dead.reshape(shape)
+    if flat.shape[0] > 2:
+        stale = flat.clone()
+        third = flat.shape[0] // 3
+        stale[-third:] = flat[:third]
+        if not torch.equal(stale, flat):
+            yield "stale buffer", stale.reshape(shape)

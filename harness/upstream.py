@@ -1,0 +1,147 @@
+"""transformers' own `DeepseekV32ForCausalLM` as a subject, with the tape added from outside.
+
+Nothing of what it computes is touched: the wrappers swap the choices that its indexer and its router
+return, and write down what they would have chosen.
+
+Letters: B batch, L rows, S key slots, K chosen keys, N = B·L tokens, T chosen experts.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as upstream
+from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config as UpstreamConfig
+
+from reference import Decisions, DeepseekV32Config, LayerDecisions
+from reference.layout import Layout, build_layout
+
+# It has no KL loss, no dense switch and no detach switch: what needs those is not applicable to it.
+UPSTREAM_CAPABILITIES = frozenset({"tape", "packing", "padding"})
+_OURS_ONLY = (
+    "use_sparse_attention", "detach_indexer_input", "indexer_kl_coef", "indexer_rope_interleaved", "indexer_precision",
+    "kv_latent_precision", "model_type", "transformers_version", "architectures",
+)  # fmt: skip
+
+
+def upstream_config(config: DeepseekV32Config, attention: str) -> UpstreamConfig:
+    """transformers' config of the same sizes, with `attention` as its attn_implementation."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in _OURS_ONLY}
+    return UpstreamConfig(**fields, attn_implementation=attention)
+
+
+def upstream_factory(attention: str) -> Any:
+    """A subject factory for transformers' model with `attention` ("sdpa" or "eager")."""
+
+    def factory(
+        config: DeepseekV32Config,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> nn.Module:
+        model = TapedUpstream(upstream_config(config, attention))
+        model.load_state_dict(dict(state_dict), strict=True)
+        biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+        fp32_biases = {n: b.clone() for n, b in biases.items()}
+        model = model.to(device, dtype)
+        # As its from_pretrained keeps them: the router bias in fp32 and the rotary table unrounded.
+        if dtype.itemsize < 4:
+            for name, buffer in model.named_buffers():
+                if name in fp32_biases:
+                    buffer.data = fp32_biases[name].to(device)
+        model.model.rotary_emb = upstream.DeepseekV32RotaryEmbedding(config=model.config).to(device)
+        return cast(nn.Module, model)
+
+    return factory
+
+
+class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
+    """transformers' model, recording and replaying choices."""
+
+    def __init__(self, config: UpstreamConfig) -> None:
+        super().__init__(config)
+        self.layout: Layout | None = None
+        self.replay: Decisions | None = None
+        self.own: list[dict[str, torch.Tensor]] = []
+        for i, layer in enumerate(self.model.layers):
+            self._tape_indexer(layer.self_attn.indexer, i)
+            if hasattr(layer.mlp, "gate"):
+                self._tape_gate(layer.mlp.gate, i)
+
+    def forward(
+        self, *args: Any, decisions: Decisions | None = None, output_decisions: bool = False, **kwargs: Any
+    ) -> Any:
+        """As upstream's, with the tape."""
+        ids = kwargs["input_ids"]
+        self.layout = build_layout(
+            *ids.shape,
+            ids.device,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=kwargs.get("position_ids"),
+        )
+        self.replay, self.own = decisions, [{} for _ in self.model.layers]
+        try:
+            out = super().forward(*args, **kwargs)
+        finally:
+            self.replay = None
+        if output_decisions:
+            out["decisions"] = Decisions(
+                tuple(LayerDecisions(own.get("topk_indices"), own.get("expert_indices")) for own in self.own)
+            )
+        return out
+
+    def _tape_indexer(self, indexer: nn.Module, layer_idx: int) -> None:
+        inner = indexer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+            own_BLK = inner(*args, **kwargs)
+            assert self.layout is not None
+            self.own[layer_idx]["topk_indices"] = as_decisions(own_BLK, self.layout)
+            if self.replay is None:
+                return cast(torch.Tensor, own_BLK)
+            relative = self.replay[layer_idx].topk_indices
+            assert relative is not None
+            slots = self.layout.to_slots(self.layout.from_relative(relative))
+            # Upstream knows no −1: a key that is selected anyway stands in for it. Pad rows attend to nothing.
+            return torch.where(slots < 0, slots[..., :1].clamp_min(0), slots).to(torch.int32)
+
+        indexer.forward = forward  # type: ignore[method-assign]
+
+    def _tape_gate(self, gate: nn.Module, layer_idx: int) -> None:
+        inner = gate.forward
+        router = cast(Any, gate)
+
+        def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits, weights, own_NT = inner(*args, **kwargs)
+            assert self.layout is not None
+            real_BL1 = self.layout.real_BL[..., None]
+            own_BLT = own_NT.unflatten(0, real_BL1.shape[:2]).sort(-1).values.to(torch.int32)
+            self.own[layer_idx]["expert_indices"] = torch.where(real_BL1, own_BLT, -1)
+            if self.replay is None:
+                return logits, weights, own_NT
+            replayed = self.replay[layer_idx].expert_indices
+            assert replayed is not None
+            used_NT = torch.where(real_BL1, replayed, own_BLT).flatten(0, 1).long()
+            chosen = logits.sigmoid().gather(1, used_NT)
+            if router.norm_topk_prob:
+                chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+            return logits, chosen * router.routed_scaling_factor, used_NT
+
+        gate.forward = forward  # type: ignore[method-assign]
+
+
+def as_decisions(slots_BLK: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Selected slots in any order, invisible ones among them, as a tape holds them.
+
+    Upstream fills rows with fewer than k visible keys with invisible ones, which its mask neutralises again.
+    """
+    slots = slots_BLK.long()
+    rows = slots.shape[:2]
+    compact = layout.compact_BS.gather(1, slots.flatten(1)).view_as(slots)
+    start, end = (layout.bounds_BL2[..., i, None] for i in (0, 1))
+    real = layout.real_BS.gather(1, slots.flatten(1)).view_as(slots)
+    seen = (compact >= start) & (compact < end) & real
+    ordered = torch.where(seen, compact - start, layout.num_slots).sort(-1).values
+    return torch.where(ordered == layout.num_slots, -1, ordered).view(*rows, -1).to(torch.int32)

@@ -1,0 +1,9 @@
+"""DeepSeek V3.2 with fused operators: the reference's API and weights, and never an L×L buffer."""
+
+from reference import DeepseekV32Config, compute_indexer_kl_loss
+
+from .model import DeepseekV32Attention, DeepseekV32ForCausalLM, DeepseekV32Model
+
+__all__ = [
+    "DeepseekV32Attention", "DeepseekV32Config", "DeepseekV32ForCausalLM", "DeepseekV32Model", "compute_indexer_kl_loss",
+]  # fmt: skip

@@ -1,0 +1,175 @@
+"""DeepSeek V3.2 with blockwise operators: same classes, same config, same `state_dict` keys as `reference`.
+
+`attend` is all that is replaced. It works in compact index space (pads left out, see reference/layout.py),
+where a row's visible keys are one [start, end) range, and holds no tensor of L×S elements, forward or
+backward, unless scores or targets of that size are asked for.
+
+Letters: B batch, L rows, S key slots, H heads, N nope dim, R rope dim, V v_head_dim, C kv_lora_rank,
+D = C + R, K selected keys, J indexer heads, E indexer head dim.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from reference import model as reference_model
+from reference.attention import Ask, Found, Projected
+from reference.attention import DeepseekV32Attention as ReferenceAttention
+from reference.indexer import index_scores, selected_mask
+from reference.layout import Layout
+from reference.precision import at_least_fp32, without_autocast
+
+from .ops import dense_mla, indexer_kl, indexer_topk, sparse_mla
+from .ops.backend import resolve_backend
+
+# Rows of an asked-for [B, L, S] tensor that are computed at a time.
+CHUNK = 64
+
+
+class DeepseekV32Attention(ReferenceAttention):
+    """MLA and indexer through the operators of `optimized.ops`."""
+
+    backend: str | None = None
+
+    def attend(
+        self, t: Projected, layout: Layout, ask: Ask, replayed_BLK: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Found]:
+        """As the reference's: absorbed gathered MQA in sparse mode, blockwise MHA in dense mode."""
+        bounds_BL2 = layout.bounds_BL2
+        index_k_BSE = None if t.index_k_BSE is None else layout.compact(t.index_k_BSE)
+        own_BLK = used_BLK = None
+        if self.config.use_sparse_attention:
+            assert t.index_q_BLJE is not None and index_k_BSE is not None and t.index_w_BLJ is not None
+            own_BLK, _ = indexer_topk(
+                t.index_q_BLJE,
+                index_k_BSE,
+                t.index_w_BLJ,
+                bounds_BL2,
+                self.config.index_topk,
+                backend=self.backend,
+            )
+            used_BLK = own_BLK if replayed_BLK is None else replayed_BLK.to(torch.int32)
+            out_BLHV, q_BLHD, k, lse_BLH = self._sparse(t, layout, used_BLK)
+        else:
+            out_BLHV, q_BLHD, k, lse_BLH = self._dense(t, layout)
+
+        found = Found(topk_BLK=own_BLK)
+        if ask.kl_loss:
+            assert t.index_q_BLJE is not None and index_k_BSE is not None and t.index_w_BLJ is not None
+            found.kl_sum, _ = indexer_kl(
+                t.index_q_BLJE, index_k_BSE, t.index_w_BLJ, q_BLHD.detach(), k.detach(), lse_BLH, bounds_BL2, self.scale,
+                used_BLK, backend=self.backend,
+            )  # fmt: skip
+        if ask.scores or ask.kl_target:
+            self._materialise(found, t, layout, ask, used_BLK, q_BLHD.detach(), k.detach(), lse_BLH)
+        return out_BLHV, found
+
+    def _sparse(
+        self, t: Projected, layout: Layout, indices_BLK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`out_BLHV`, absorbed `q_BLHD`, latent `kv_BSD`, `lse_BLH`: q_nope·W_uk reads the latents themselves."""
+        w_uk_HNC, w_uv_HVC = self.up_projections()
+        dtype = t.q_nope_BLHN.dtype
+        q_latent = torch.einsum("blhn,hnc->blhc", t.q_nope_BLHN, w_uk_HNC.to(dtype))
+        q_BLHD = torch.cat((q_latent, t.q_pe_BLHR), -1)
+        kv_BSD = layout.compact(torch.cat((t.c_kv_BSC, t.k_pe_BSR), -1))
+        out_BLHC, lse_BLH = sparse_mla(
+            q_BLHD, kv_BSD, indices_BLK, self.scale, self.latent_dim, backend=self.backend
+        )
+        out_BLHV = torch.einsum("blhc,hvc->blhv", out_BLHC, w_uv_HVC.to(dtype))
+        return out_BLHV, q_BLHD, kv_BSD, lse_BLH
+
+    def _dense(
+        self, t: Projected, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`out_BLHV`, `q_BLHD`, `k_BSHD`, `lse_BLH`, D = N + R: keys and values expanded a head."""
+        w_uk_HNC, w_uv_HVC = self.up_projections()
+        c_kv, k_pe = layout.compact(t.c_kv_BSC), layout.compact(t.k_pe_BSR)
+        k_nope = torch.einsum("bsc,hnc->bshn", c_kv, w_uk_HNC.to(c_kv.dtype))
+        v_BSHV = torch.einsum("bsc,hvc->bshv", c_kv, w_uv_HVC.to(c_kv.dtype))
+        k_BSHD = torch.cat((k_nope, k_pe[:, :, None].expand(-1, -1, self.n_heads, -1)), -1)
+        q_BLHD = torch.cat((t.q_nope_BLHN, t.q_pe_BLHR), -1)
+        out_BLHV, lse_BLH = dense_mla(
+            q_BLHD, k_BSHD, v_BSHV, layout.bounds_BL2, self.scale, backend=self.backend
+        )
+        return out_BLHV, q_BLHD, k_BSHD, lse_BLH
+
+    def _materialise(
+        self,
+        found: Found,
+        t: Projected,
+        layout: Layout,
+        ask: Ask,
+        used_BLK: torch.Tensor | None,
+        q_BLHD: torch.Tensor,
+        k: torch.Tensor,
+        lse_BLH: torch.Tensor,
+    ) -> None:
+        """The `[B, L, S]` answers, by row chunks: only they themselves have that size."""
+        length = q_BLHD.shape[1]
+        scores, targets = [], []
+        visible_BLS = layout.visible_BLS()
+        candidates_BLS = visible_BLS
+        if used_BLK is not None:
+            candidates_BLS = selected_mask(layout.to_slots(used_BLK), layout.num_slots)
+        shown_BLS = visible_BLS if ask.scores == "visible" else candidates_BLS
+        for start in range(0, length, CHUNK):
+            rows = slice(start, min(start + CHUNK, length))
+            if ask.scores:
+                assert t.index_q_BLJE is not None and t.index_k_BSE is not None and t.index_w_BLJ is not None
+                part = checkpoint(
+                    index_scores,
+                    t.index_q_BLJE[:, rows],
+                    t.index_k_BSE,
+                    t.index_w_BLJ[:, rows],
+                    use_reentrant=False,
+                )
+                scores.append(part.masked_fill(~shown_BLS[:, rows], -torch.inf))
+            if ask.kl_target:
+                p = _target_rows(q_BLHD[:, rows], k, lse_BLH[:, rows], self.scale)
+                p = p.gather(-1, layout.compact_BS[:, None, :].expand_as(p)) if layout.padded else p
+                targets.append(p.masked_fill(~candidates_BLS[:, rows], 0.0))
+        if scores:
+            found.scores_BLS = torch.cat(scores, 1)
+        if targets:
+            found.kl_target_BLS = torch.cat(targets, 1)
+
+
+@torch.no_grad()
+@without_autocast
+def _target_rows(q_BCHD: torch.Tensor, k: torch.Tensor, lse_BCH: torch.Tensor, scale: float) -> torch.Tensor:
+    """p of C rows on every compact key, before the mask: the heads' mean of exp(z − lse); `k` shared or a head's."""
+    pattern = "bchd,bsd->bchs" if k.dim() == 3 else "bchd,bshd->bchs"
+    logits = torch.einsum(pattern, at_least_fp32(q_BCHD), at_least_fp32(k)) * scale
+    # Rows without keys have lse −inf; the mask zeroes them, and 0 keeps the exponential finite.
+    lse = lse_BCH.masked_fill(lse_BCH == -torch.inf, torch.inf)
+    return (logits - lse[..., None]).exp().mean(2)
+
+
+class DeepseekV32DecoderLayer(reference_model.DeepseekV32DecoderLayer):
+    """The reference's block around the blockwise attention."""
+
+    attention_class = DeepseekV32Attention
+
+
+class DeepseekV32Model(reference_model.DeepseekV32Model):
+    """The reference's backbone with these layers."""
+
+    layer_class = DeepseekV32DecoderLayer
+
+
+class DeepseekV32ForCausalLM(reference_model.DeepseekV32ForCausalLM):
+    """The reference's causal LM on this backbone."""
+
+    backbone_class = DeepseekV32Model
+
+    @property
+    def backend(self) -> str:
+        """The implementation of the operators in use: the one set, or the device's default."""
+        return resolve_backend("sparse_mla", self.model.layers[0].self_attn.backend, self.device)
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        if name is not None:
+            resolve_backend("sparse_mla", name, self.device)
+        for layer in self.model.layers:
+            layer.self_attn.backend = name

@@ -1,0 +1,178 @@
+"""A run as Markdown that fits a pull request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from reports.records import Run, Verdict, verdict_line, why_not_complete
+from reports.text import clean, duration, number, one_line, sparkline, spread
+from reports.view import (
+    Labels,
+    curves,
+    environment_rows,
+    failing,
+    failure_details,
+    families,
+    gradient_table,
+    measured,
+    measurement_cells,
+    nulls_of_checks,
+    tally,
+    unchecked,
+    used,
+    what_ran_where,
+    worst,
+)
+
+# A comment on a pull request may hold 65,536 characters.
+_FITS = 60_000
+_LONGEST_TEXT = 1500
+
+
+def markdown(run: Run) -> str:
+    """The report of a run; long tables are cut, and say so, until it fits a comment."""
+    for rows in (1000, 100, 30, 10, 3):
+        text = _page(run, rows)
+        if len(text) <= _FITS:
+            return text
+    return text
+
+
+def escape(text: str) -> str:
+    """User text for a line of Markdown or a table cell: nothing in it acts as Markdown or HTML."""
+    text = one_line(text)
+    if len(text) > _LONGEST_TEXT:
+        text = text[:_LONGEST_TEXT] + "…"
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    # At the start of a line these would open a heading or a list.
+    return re.sub(r"^(\d*)([#+.)-])(?=[\s#]|$)", r"\1\\\2", text)
+
+
+def code_block(text: str) -> str:
+    """User text as a fenced block, with a fence that the text cannot close."""
+    text = clean(text)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _page(run: Run, rows: int) -> str:
+    labels = Labels(run)
+    parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
+    for family, verdicts in families(run).items():
+        parts += [f"### {escape(family)} · {tally(verdicts)}", _family(verdicts, labels, rows)]
+    tables = [
+        part for verdict in run.verdicts for part in (*_gradients(verdict, labels), *_curves(verdict, labels))
+    ]
+    parts += tables[: 2 * rows]
+    if len(tables) > 2 * rows:
+        parts.append(f"and {len(tables) // 2 - rows} more tables, in the record.")
+    if run.measurements:
+        cells = [measurement_cells(measurement) for measurement in run.measurements]
+        names = ["measurement", "subject", "case", "samples", "median", "range"]
+        parts += ["### Measurements", _table(names, cells, rows)]
+    parts += _unchecked(run, labels, rows) + _nulls(run, rows)
+    environment = environment_rows(run)
+    if environment:
+        table = _table(["environment", ""], [list(row) for row in environment], 200)
+        parts.append(f"<details><summary>Environment</summary>\n\n{table}\n\n</details>")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _headline(run: Run) -> str:
+    stopped = why_not_complete(run)
+    lines = [f"## {escape(verdict_line(run))}"]
+    if stopped:
+        seen = len(run.verdicts) + len(run.measurements) + len(run.events)
+        after = f"The record holds {seen} lines after its header."
+        lines.append(f"**This report is not of a whole run:** {escape(stopped)}. {after}")
+    return "\n\n".join(lines)
+
+
+def _failures(run: Run, labels: Labels, rows: int) -> list[str]:
+    found = failing(run)
+    if not found:
+        return []
+    parts = [f"### {len(found)} to look at"]
+    for verdict in found[:rows]:
+        parts.append(f"**{verdict.status}: {escape(labels.full(verdict))}**")
+        parts.append(_bullets(escape(line) for line in failure_details(verdict)))
+        if verdict.reproduce:
+            parts.append(code_block(verdict.reproduce[:_LONGEST_TEXT]))
+    if len(found) > rows:
+        parts.append(f"and {len(found) - rows} more, in the record.")
+    return parts
+
+
+def _family(verdicts: list[Verdict], labels: Labels, rows: int) -> str:
+    cells = []
+    for verdict in verdicts:
+        measure = worst(verdict)
+        row = [verdict.check, labels.case(verdict), labels.dtype(verdict), verdict.status.value]
+        cells.append([*row, measured(measure), used(measure), duration(verdict.seconds)])
+    return _table(["check", "case", "dtype", "status", "worst / budget", "used", "time"], cells, rows)
+
+
+def _gradients(verdict: Verdict, labels: Labels) -> list[str]:
+    table = gradient_table(verdict)
+    if table is None:
+        return []
+    return [f"### Who gets gradient: {escape(labels.full(verdict))}", _table(table[0], table[1], 100)]
+
+
+def _curves(verdict: Verdict, labels: Labels) -> list[str]:
+    found = curves(verdict)
+    if not found:
+        return []
+    steps = spread(max(len(values) for values in found.values()), 7)
+    cells = []
+    for name, values in found.items():
+        points = [number(values[step]) if step < len(values) else "-" for step in steps]
+        cells.append([name, sparkline(values), *points])
+    names = ["curve", "", *(f"step {step}" for step in steps)]
+    return [f"### Curves: {escape(labels.full(verdict))}", _table(names, cells, 30)]
+
+
+def _unchecked(run: Run, labels: Labels, rows: int) -> list[str]:
+    found = unchecked(run)
+    if not found:
+        return []
+    lines = []
+    for verdict in found[:rows]:
+        reason = f" — {escape(verdict.reason)}" if verdict.reason else ""
+        lines.append(f"{verdict.status}: {escape(labels.full(verdict))}{reason}")
+    if len(found) > rows:
+        lines.append(f"and {len(found) - rows} more, in the record.")
+    return ["### Not checked", _bullets(lines)]
+
+
+def _nulls(run: Run, rows: int) -> list[str]:
+    cells = []
+    for check, kinds in nulls_of_checks(run).items():
+        passed = [kind for kind, rejected in kinds.items() if not rejected]
+        cells.append([check, ", ".join(kinds), f"no: {', '.join(passed)}" if passed else "yes"])
+    if not cells:
+        return []
+    names = ["check", "kinds", "all rejected"]
+    return ["### Wrong answers that the checks were given", _table(names, cells, rows)]
+
+
+def _table(names: Sequence[str], cells: Sequence[Sequence[str]], most: int) -> str:
+    lines = [_row(names), "|" + " --- |" * len(names)]
+    lines += [_row(row) for row in cells[:most]]
+    text = "\n".join(lines)
+    return text if len(cells) <= most else f"{text}\n\nand {len(cells) - most} more rows, in the record."
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(escape(cell) for cell in cells) + " |"
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _list(rows: Iterable[tuple[str, str]]) -> str:
+    return _bullets(f"**{escape(label)}:** {escape(text)}" for label, text in rows)
