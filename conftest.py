@@ -12,9 +12,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("dev", max_examples=20, deadline=None)
 # Derandomized: two CI runs of one commit judge the same examples.
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True, print_blob=True)
-settings.register_profile(
-    "thorough", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PROFILES = ("dev", "ci", "thorough")
 
 SEED = 0
@@ -27,9 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     profile = os.environ.get("V32_HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
     if profile not in PROFILES:
-        raise pytest.UsageError(
-            f"V32_HYPOTHESIS_PROFILE is {profile!r}, but the profiles are {', '.join(PROFILES)}."
-        )
+        raise pytest.UsageError(f"V32_HYPOTHESIS_PROFILE is {profile!r}, but the profiles are {', '.join(PROFILES)}.")
     settings.load_profile(profile)
 
     device = config.getoption("--device")
@@ -49,9 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="This test needs a CUDA device, and torch finds none.")
-    no_network = pytest.mark.skip(
-        reason="This test reaches beyond this machine; set V32_NETWORK=1 to run it."
-    )
+    no_network = pytest.mark.skip(reason="This test reaches beyond this machine; set V32_NETWORK=1 to run it.")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)

@@ -182,10 +182,7 @@ def _triton(gpu: bool) -> list[Finding]:
     spec = util.find_spec("triton")
     if spec is None or spec.origin is None:
         advice = _SETUP if platform.system() == "Linux" else "Use Linux, which triton needs."
-        return [
-            Finding(RUNS, f"Triton {part}", "missing", "no triton", advice)
-            for part in ("interpreter", "compile")
-        ]
+        return [Finding(RUNS, f"Triton {part}", "missing", "no triton", advice) for part in ("interpreter", "compile")]
     interpreter = Finding(RUNS, "Triton interpreter", "ok", "runs kernels on the CPU, TRITON_INTERPRET=1")
     assembler = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
     if not assembler.exists() and "TRITON_PTXAS_PATH" not in os.environ:
@@ -209,9 +206,7 @@ def _modal() -> Finding:
     token = bool(os.environ.get("MODAL_TOKEN_ID")) or config.is_file()
     detail = f"package {'yes' if installed else 'no'}, token {'yes' if token else 'no'}"
     if not installed:
-        return Finding(
-            RUNS, "Modal", "missing", detail, "Run `pip install -e '.[modal]'`, then `modal setup`."
-        )
+        return Finding(RUNS, "Modal", "missing", detail, "Run `pip install -e '.[modal]'`, then `modal setup`.")
     if not token:
         return Finding(RUNS, "Modal", "limited", detail, "Run `modal setup` to run on Modal's GPUs.")
     return Finding(RUNS, "Modal", "ok", detail)

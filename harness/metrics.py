@@ -29,6 +29,10 @@ class Errors:
     channel: float
     gain: float
 
+    def plus(self, other: "Errors") -> "Errors":
+        """The sum, side by side."""
+        return Errors(*(getattr(self, side) + getattr(other, side) for side in SIDES))
+
     def used(self, budget: "Errors") -> float:
         """The largest share of `budget` that is used; not a number when an error is."""
         shares = [getattr(self, side) / getattr(budget, side) for side in SIDES]
@@ -90,8 +94,10 @@ def null_candidates(expected: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         # Middling among the channels that carry anything: a dead channel that was silent is no fault.
         alive = energy > energy.mean() * QUIET
         ranked = torch.where(alive, energy, torch.inf).argsort()
+        # Of a vector, whose entries are no channels, the largest.
+        place = int(alive.sum()) // 2 if flat.shape[0] > 1 else int(alive.sum()) - 1
         dead = flat.clone()
-        dead[:, ranked[int(alive.sum()) // 2]] = 0
+        dead[:, ranked[place]] = 0
         yield "dead channel", dead.reshape(shape)
     if flat.shape[0] > 2:
         stale = flat.clone()

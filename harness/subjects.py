@@ -69,9 +69,7 @@ def load_weights(
         model = model_class(config)
     bias_dtype = torch.promote_types(dtype, torch.float32)
     copies = {
-        name: value.detach()
-        .clone()
-        .to(device, bias_dtype if name.endswith("e_score_correction_bias") else dtype)
+        name: value.detach().clone().to(device, bias_dtype if name.endswith("e_score_correction_bias") else dtype)
         for name, value in state.items()
     }
     model.load_state_dict(copies, strict=True, assign=True)
@@ -125,9 +123,7 @@ def _builtins() -> dict[str, Subject]:
     return {
         "optimized": Subject("optimized", _ours(optimized.DeepseekV32ForCausalLM), ALL, "optimized"),
         "reference": Subject("reference", _ours(reference.DeepseekV32ForCausalLM), ALL, "reference"),
-        "transformers": Subject(
-            "transformers", upstream_factory("sdpa"), UPSTREAM_CAPABILITIES, "transformers"
-        ),
+        "transformers": Subject("transformers", upstream_factory("sdpa"), UPSTREAM_CAPABILITIES, "transformers"),
         "transformers-eager": Subject(
             "transformers-eager", upstream_factory("eager"), UPSTREAM_CAPABILITIES, "transformers-eager"
         ),
@@ -198,7 +194,5 @@ def _declared(factory: Callable[..., Any], spec: str) -> Subject:
             f"capabilities = frozenset({{…}}) with any of {', '.join(CAPABILITIES)}."
         )
     if unknown := sorted(set(declared) - ALL):
-        raise ValueError(
-            f"--subject {spec} declares {unknown[0]!r}; capabilities are {', '.join(CAPABILITIES)}."
-        )
+        raise ValueError(f"--subject {spec} declares {unknown[0]!r}; capabilities are {', '.join(CAPABILITIES)}.")
     return Subject(spec.rpartition(":")[2] or spec, cast(Factory, factory), frozenset(declared), spec)

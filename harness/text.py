@@ -33,9 +33,7 @@ def standard_library() -> Corpus:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     data = b"".join(path.read_bytes() for path in files)
     if len(data) < 1_000_000:
-        raise RuntimeError(
-            "This Python has no standard-library sources to read text from; use one that ships them."
-        )
+        raise RuntimeError("This Python has no standard-library sources to read text from; use one that ships them.")
     return Corpus(data, len(files), hashlib.sha256(data).hexdigest())
 
 

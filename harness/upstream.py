@@ -99,10 +99,9 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
             own_BLK = inner(*args, **kwargs)
             assert self.layout is not None
             self.own[layer_idx]["topk_indices"] = as_decisions(own_BLK, self.layout)
-            if self.replay is None:
+            relative = None if self.replay is None else self.replay[layer_idx].topk_indices
+            if relative is None:
                 return cast(torch.Tensor, own_BLK)
-            relative = self.replay[layer_idx].topk_indices
-            assert relative is not None
             slots = self.layout.to_slots(self.layout.from_relative(relative))
             # Upstream knows no −1: a key that is selected anyway stands in for it. Pad rows attend to nothing.
             return torch.where(slots < 0, slots[..., :1].clamp_min(0), slots).to(torch.int32)

@@ -25,6 +25,16 @@ from .ops.backend import resolve_backend
 CHUNK = 64
 
 
+def check_backend(name: str, device: torch.device | str = "cpu") -> None:
+    """Refuse an implementation that any operator of the model lacks.
+
+    Raises:
+        ValueError: no such implementation; the sentence names those there are.
+    """
+    for operator in ("indexer_topk", "sparse_mla", "dense_mla", "indexer_kl"):
+        resolve_backend(operator, name, torch.device(device))
+
+
 class DeepseekV32Attention(ReferenceAttention):
     """MLA and indexer through the operators of `optimized.ops`."""
 
@@ -72,15 +82,11 @@ class DeepseekV32Attention(ReferenceAttention):
         q_latent = torch.einsum("blhn,hnc->blhc", t.q_nope_BLHN, w_uk_HNC.to(dtype))
         q_BLHD = torch.cat((q_latent, t.q_pe_BLHR), -1)
         kv_BSD = layout.compact(torch.cat((t.c_kv_BSC, t.k_pe_BSR), -1))
-        out_BLHC, lse_BLH = sparse_mla(
-            q_BLHD, kv_BSD, indices_BLK, self.scale, self.latent_dim, backend=self.backend
-        )
+        out_BLHC, lse_BLH = sparse_mla(q_BLHD, kv_BSD, indices_BLK, self.scale, self.latent_dim, backend=self.backend)
         out_BLHV = torch.einsum("blhc,hvc->blhv", out_BLHC, w_uv_HVC.to(dtype))
         return out_BLHV, q_BLHD, kv_BSD, lse_BLH
 
-    def _dense(
-        self, t: Projected, layout: Layout
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _dense(self, t: Projected, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """`out_BLHV`, `q_BLHD`, `k_BSHD`, `lse_BLH`, D = N + R: keys and values expanded a head."""
         w_uk_HNC, w_uv_HVC = self.up_projections()
         c_kv, k_pe = layout.compact(t.c_kv_BSC), layout.compact(t.k_pe_BSR)
@@ -88,9 +94,7 @@ class DeepseekV32Attention(ReferenceAttention):
         v_BSHV = torch.einsum("bsc,hvc->bshv", c_kv, w_uv_HVC.to(c_kv.dtype))
         k_BSHD = torch.cat((k_nope, k_pe[:, :, None].expand(-1, -1, self.n_heads, -1)), -1)
         q_BLHD = torch.cat((t.q_nope_BLHN, t.q_pe_BLHR), -1)
-        out_BLHV, lse_BLH = dense_mla(
-            q_BLHD, k_BSHD, v_BSHV, layout.bounds_BL2, self.scale, backend=self.backend
-        )
+        out_BLHV, lse_BLH = dense_mla(q_BLHD, k_BSHD, v_BSHV, layout.bounds_BL2, self.scale, backend=self.backend)
         return out_BLHV, q_BLHD, k_BSHD, lse_BLH
 
     def _materialise(
@@ -170,6 +174,6 @@ class DeepseekV32ForCausalLM(reference_model.DeepseekV32ForCausalLM):
     @backend.setter
     def backend(self, name: str | None) -> None:
         if name is not None:
-            resolve_backend("sparse_mla", name, self.device)
+            check_backend(name, self.device)
         for layer in self.model.layers:
             layer.self_attn.backend = name

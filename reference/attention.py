@@ -83,9 +83,7 @@ class DeepseekV32Attention(nn.Module):
         self.scale = softmax_scale(config)
         self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-        self.q_b_proj = nn.Linear(
-            config.q_lora_rank, self.n_heads * (self.nope_dim + self.rope_dim), bias=False
-        )
+        self.q_b_proj = nn.Linear(config.q_lora_rank, self.n_heads * (self.nope_dim + self.rope_dim), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(self.latent_dim, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_dim, self.n_heads * (self.nope_dim + self.v_dim), bias=False)

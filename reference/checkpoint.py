@@ -77,21 +77,15 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError as error:
         raise ValueError(f"Checkpoint file {path} is missing.") from error
     except (OSError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"Checkpoint file {path} is not a safetensors file: its header cannot be read."
-        ) from error
+        raise ValueError(f"Checkpoint file {path} is not a safetensors file: its header cannot be read.") from error
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
         if 8 + length + entry["data_offsets"][1] > size:
-            raise ValueError(
-                f"Checkpoint file {path} is truncated: tensor {name!r} ends after the end of the file."
-            )
+            raise ValueError(f"Checkpoint file {path} is truncated: tensor {name!r} ends after the end of the file.")
     return header
 
 
-def check_checkpoint(
-    path: Any, model_class: "type[PreTrainedModel]", config: DeepseekV32Config | None = None
-) -> None:
+def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: DeepseekV32Config | None = None) -> None:
     """Refuse a local checkpoint directory that does not hold exactly the tensors of its config.
 
     A name that is not a local directory is left to transformers.
@@ -137,9 +131,7 @@ def _held_tensors(directory: Path) -> dict[str, dict[str, Any]]:
     try:
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"Checkpoint index {index} cannot be read: it must be JSON with a weight_map."
-        ) from error
+        raise ValueError(f"Checkpoint index {index} cannot be read: it must be JSON with a weight_map.") from error
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     held = {}
     for name, file in weight_map.items():

@@ -11,9 +11,7 @@ from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
-from transformers import PreTrainedConfig
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import (
     DeepseekV32Config as UpstreamDeepseekV32Config,
 )
@@ -133,12 +131,8 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
     @classmethod
     def known_fields(cls) -> set[str]:
         """Every name a config.json or a constructor call may hold."""
-        generation = set(GenerationConfig().to_dict()) | set(
-            GenerationConfig._get_default_generation_params()
-        )
-        return (
-            {f.name for f in fields(cls)} | BASE_KEYS | set(FIXED_FIELDS) | set(DERIVED_FIELDS) | generation
-        )
+        generation = set(GenerationConfig().to_dict()) | set(GenerationConfig._get_default_generation_params())
+        return {f.name for f in fields(cls)} | BASE_KEYS | set(FIXED_FIELDS) | set(DERIVED_FIELDS) | generation
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -226,9 +220,7 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
                      "a power of two when indexer_precision is 'fp8': the Hadamard matrix has that size")  # fmt: skip
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "'silu'")
         for name in ("attention_bias", "mlp_bias"):
-            _require(
-                getattr(self, name) is False, name, getattr(self, name), "False: the model has no such biases"
-            )
+            _require(getattr(self, name) is False, name, getattr(self, name), "False: the model has no such biases")
         _require(self.attention_dropout == 0, "attention_dropout", self.attention_dropout, "0")
         self._check_rope()
 

@@ -33,9 +33,7 @@ class LayerDecisions:
 
     def to(self, device: torch.device | str) -> "LayerDecisions":
         """The same choices on another device."""
-        return LayerDecisions(
-            *(None if x is None else x.to(device) for x in (self.topk_indices, self.expert_indices))
-        )
+        return LayerDecisions(*(None if x is None else x.to(device) for x in (self.topk_indices, self.expert_indices)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,9 +59,7 @@ class Decisions:
         """The tape of rows [start, stop): what a chunk of a prefill, or one step of a decode, replays."""
         return Decisions(
             tuple(
-                LayerDecisions(
-                    *(None if x is None else x[:, start:stop] for x in (d.topk_indices, d.expert_indices))
-                )
+                LayerDecisions(*(None if x is None else x[:, start:stop] for x in (d.topk_indices, d.expert_indices)))
                 for d in self.layers
             )
         )
@@ -126,18 +122,14 @@ def check_topk_replay(relative_BLK: torch.Tensor, visible_BL: torch.Tensor, laye
     """
     name = f"decisions, layer {layer_idx}: topk_indices"
     if relative_BLK.dim() != 3 or relative_BLK.shape[:2] != visible_BL.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(relative_BLK.shape)}; it must be {[*visible_BL.shape, 'k']}."
-        )
+        raise ValueError(f"{name} has shape {tuple(relative_BLK.shape)}; it must be {[*visible_BL.shape, 'k']}.")
     if relative_BLK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {relative_BLK.dtype}; it must be int32 or int64.")
     real = (visible_BL > 0)[..., None]
     ascending = (relative_BLK[..., 1:] > relative_BLK[..., :-1]) | (relative_BLK[..., 1:] == -1)
     in_range = (relative_BLK >= -1) & (relative_BLK < visible_BL[..., None])
     if bool((~(in_range | ~real)).any()):
-        raise ValueError(
-            f"{name} holds an index outside its row's document, or after its row's own position."
-        )
+        raise ValueError(f"{name} holds an index outside its row's document, or after its row's own position.")
     if bool((~(ascending | ~real)).any()):
         raise ValueError(f"{name} must be ascending without repeats, with −1 only at the tail.")
     if bool((~((relative_BLK >= 0).any(-1, keepdim=True) | ~real)).any()):

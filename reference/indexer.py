@@ -45,9 +45,7 @@ class LightningIndexer(nn.Module):
         k = self.wk(x_BLM)
         norm = self.k_norm
         wide = at_least_fp32(k)
-        normed = F.layer_norm(
-            wide, (self.head_dim,), norm.weight.to(wide.dtype), norm.bias.to(wide.dtype), norm.eps
-        )
+        normed = F.layer_norm(wide, (self.head_dim,), norm.weight.to(wide.dtype), norm.bias.to(wide.dtype), norm.eps)
         return self._turn(normed.to(k.dtype), cos, sin)
 
     def queries(self, q_latent_BLQ: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -152,14 +152,10 @@ def build_layout_of_slots(
     start_BL = begin.gather(1, document_BS[:, -length:] + 1)
     end_BL = compact_BS[:, -length:] + 1
     bounds = torch.stack((start_BL, end_BL), -1).masked_fill(~real_BS[:, -length:, None], 0)
-    return Layout(
-        position_BS[:, -length:], real_BS, document_BS, position_BS, bounds, order_BS, compact_BS, padded
-    )
+    return Layout(position_BS[:, -length:], real_BS, document_BS, position_BS, bounds, order_BS, compact_BS, padded)
 
 
-def _real_tokens(
-    mask: torch.Tensor | None, batch: int, length: int, cached: int, device: torch.device
-) -> torch.Tensor:
+def _real_tokens(mask: torch.Tensor | None, batch: int, length: int, cached: int, device: torch.device) -> torch.Tensor:
     if mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     if mask.dim() != 2 or mask.shape != (batch, cached + length):
@@ -169,9 +165,7 @@ def _real_tokens(
         )
     mask = mask.to(device)
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            "attention_mask holds values other than 0 and 1; it must be 1 for tokens and 0 for padding."
-        )
+        raise ValueError("attention_mask holds values other than 0 and 1; it must be 1 for tokens and 0 for padding.")
     return mask[:, cached:].bool()
 
 
@@ -188,9 +182,7 @@ def _document_starts(
     edges = cu_seq_lens.to(device).long()
     rising = edges.dim() == 1 and len(edges) >= 2 and bool((edges.diff() > 0).all())
     if not rising or int(edges[0]) != 0 or int(edges[-1]) != length:
-        raise ValueError(
-            f"cu_seq_lens_q is {cu_seq_lens.tolist()}; it must rise from 0 to the {length} tokens given."
-        )
+        raise ValueError(f"cu_seq_lens_q is {cu_seq_lens.tolist()}; it must rise from 0 to the {length} tokens given.")
     starts[0, edges[:-1]] = True
     return starts
 
@@ -208,9 +200,7 @@ def _count_positions(real_BL: torch.Tensor, starts_BL: torch.Tensor, past: Layou
     return position + following
 
 
-def _checked_positions(
-    position_ids: torch.Tensor, batch: int, length: int, real_BL: torch.Tensor
-) -> torch.Tensor:
+def _checked_positions(position_ids: torch.Tensor, batch: int, length: int, real_BL: torch.Tensor) -> torch.Tensor:
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; it must be [{batch}, {length}] or [1, {length}]."

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple, logging
 
-from .attention import Ask, DeepseekV32Attention, Found
+from .attention import Ask, DeepseekV32Attention
 from .cache import LatentCache
 from .checkpoint import check_checkpoint, check_loading, use_official_names
 from .config import DeepseekV32Config
@@ -84,11 +84,11 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = DeepseekV32Config
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepseekV32DecoderLayer"]  # noqa: RUF012 - transformers' own convention
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "k_norm"]  # noqa: RUF012
+    _no_split_modules = ["DeepseekV32DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "k_norm"]
     # The multi-token-prediction layer of the published files; `check_checkpoint` allows no other surplus.
-    _keys_to_ignore_on_load_unexpected = [r"model\.layers\.\d+\..*"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"model\.layers\.\d+\..*"]
 
     def __init__(self, config: DeepseekV32Config, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, DeepseekV32Config):
@@ -107,9 +107,7 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """
         wants_info = kwargs.pop("output_loading_info", False)
         check_checkpoint(pretrained_model_name_or_path, cls, kwargs.get("config"))
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loading(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
 
@@ -215,9 +213,7 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
     def _cache(self, past_key_values: Any, use_cache: bool | None) -> LatentCache | None:
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None or use_cache:
-                logger.warning_once(
-                    "A cache cannot be filled under gradient checkpointing: use_cache is off."
-                )
+                logger.warning_once("A cache cannot be filled under gradient checkpointing: use_cache is off.")
             return None
         if past_key_values is None:
             use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -233,7 +229,7 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):  # ty
     """DeepSeek V3.2 with its language-modelling head, the indexer's KL loss and the decision tape."""
 
     backbone_class: type[DeepseekV32Model] = DeepseekV32Model
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     # `Trainer` then passes num_items_in_batch, by which both losses are divided.
     accepts_loss_kwargs = True
 
@@ -308,9 +304,7 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):  # ty
         loss = lm_loss = kl_loss = None
         if out.indexer_kl_sum is not None:
             rows = out.num_rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            kl_loss = out.indexer_kl_sum / rows.to(
-                out.indexer_kl_sum.device, out.indexer_kl_sum.dtype
-            ).clamp_min(1)
+            kl_loss = out.indexer_kl_sum / rows.to(out.indexer_kl_sum.device, out.indexer_kl_sum.dtype).clamp_min(1)
         if labels is not None:
             lm_loss = causal_lm_loss(
                 logits_BLW,

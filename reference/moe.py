@@ -95,9 +95,7 @@ class Gate(nn.Module):
         if self.n_group > 1:
             group_score = groups_NGX.sort(-1, descending=True).values[..., :2].sum(-1)
             order = group_score.sort(dim=-1, descending=True, stable=True).indices
-            kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(
-                -1, order[..., : self.topk_group], True
-            )
+            kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(-1, order[..., : self.topk_group], True)
             biased = groups_NGX.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
         best = biased.sort(dim=-1, descending=True, stable=True).indices[..., : self.top_k]
         return best.sort(-1).values.to(torch.int32)
@@ -139,9 +137,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Gate(config)
         self.experts = self.experts_class(config)
-        self.shared_experts = SwiGLU(
-            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        )
+        self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(
         self, x_BLM: torch.Tensor, real_BL: torch.Tensor, replayed_BLT: torch.Tensor | None = None

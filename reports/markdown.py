@@ -63,9 +63,7 @@ def _page(run: Run, rows: int) -> str:
     parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
     for family, verdicts in families(run).items():
         parts += [f"### {escape(family)} · {tally(verdicts)}", _family(verdicts, labels, rows)]
-    tables = [
-        part for verdict in run.verdicts for part in (*_gradients(verdict, labels), *_curves(verdict, labels))
-    ]
+    tables = [part for verdict in run.verdicts for part in (*_gradients(verdict, labels), *_curves(verdict, labels))]
     parts += tables[: 2 * rows]
     if len(tables) > 2 * rows:
         parts.append(f"and {len(tables) // 2 - rows} more tables, in the record.")

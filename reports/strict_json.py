@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeAlias
 
-# None, bool, int, float, str, and lists and mappings of these; `dumps` refuses the rest. A recursive type would
-# say so to the type checker, but lists are invariant: it would refuse a list[float] as well.
+# None, bool, int, float, str, and lists and mappings of these; `dumps` refuses the rest. A recursive type
+# would tell the type checker so, but lists are invariant: it would refuse a list[float] as well.
 JSON: TypeAlias = Any
 
 _NON_FINITE = re.compile(r"(\\*)(nan|inf|-inf)")

@@ -31,9 +31,7 @@ class RunWriter:
     `verified_code` is the exit code when all is verified: set it to 4 where a baseline was not reached.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], header: Mapping[str, object], *, sync: bool = False
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], header: Mapping[str, object], *, sync: bool = False) -> None:
         for key in ("record", "schema"):
             if key in header:
                 raise RecordError(f"header has the key {key}, which the writer sets; allowed are other keys.")
@@ -97,9 +95,7 @@ class RunWriter:
 
     def _append(self, fields: Mapping[str, object]) -> None:
         if self._file < 0:
-            raise RecordError(
-                f"RunWriter for {self.path.name} is not open; allowed are writes in its with block."
-            )
+            raise RecordError(f"RunWriter for {self.path.name} is not open; allowed are writes in its with block.")
         try:
             line = (dumps(fields) + "\n").encode("ascii")
         except ValueError as error:

@@ -164,9 +164,7 @@ def _by_batch_entry(bounds_BL2: Tensor, rows: int) -> list[tuple[int, list[Chunk
     return list(grouped.items())
 
 
-def _dense_mla_backward(
-    dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _dense_mla_backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, lse_BLH = saved
     _, L, H, _ = q_BLHD.shape
     S = k_BSHD.shape[1]

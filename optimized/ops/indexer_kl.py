@@ -117,9 +117,7 @@ def _indexer_kl_torch(
 ) -> tuple[Tensor, Tensor]:
     # Asked here, because inside of forward gradients are always off.
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (iq_BLJE, ik_BSE, w_BLJ))
-    kl_sum, kl_BL = _IndexerKl.apply(
-        iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, wanted
-    )
+    kl_sum, kl_BL = _IndexerKl.apply(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, wanted)
     return kl_sum, kl_BL
 
 

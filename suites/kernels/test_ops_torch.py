@@ -213,9 +213,11 @@ def test_topk_shows_nan_scores_and_ignores_hidden_ones():
 def test_topk_two_level_search_is_exact(distinct):
     n = GROUPED_SEARCH_KEYS + GROUP + 5
     score = torch.randint(0, distinct, (3, n)).float() - distinct / 2
-    # The best keys share one group, then none of them does.
-    score[1, 640 : 640 + GROUP] = distinct
-    score[2, ::GROUP] = distinct
+    # A group's members lie n // GROUP apart: the best keys share one group, then none of them does.
+    score[1, 5 :: n // GROUP] = distinct
+    score[2, 640 : 640 + 60] = distinct
+    # The last key belongs to no group.
+    score[2, -1] = distinct + 1
     visible = torch.ones(3, n, dtype=torch.bool)
     visible[0, 100:] = False
     for k in (1, 16, 60):
@@ -317,7 +319,7 @@ def test_gradient_of_one_input_alone():
 def test_sparse_mla_never_touches_unselected_keys(poison):
     B, L, S, H, D, V = 2, 6, 9, 2, 6, 4
     q, kv, dout = randn(B, L, H, D), randn(B, S, D), randn(B, L, H, V)
-    # Slot 0, which a clamped -1 would read, and slots 5 and 8, to which a wrapped -1 would lead, are never chosen.
+    # Never chosen: slot 0, which a clamped -1 would read, slot 8, which a wrapped one would, 3 and 5.
     indices = torch.tensor([1, -1, 2, 7, -1, 4]).repeat(B, L, 1)
     indices[:, 3] = -1
 
@@ -350,7 +352,7 @@ def test_dense_mla_keeps_hidden_values_hidden(poison, selected):
         return {"out": out.detach(), "lse": lse, "q": q.grad, "k": k.grad, "v": v.grad}
 
     clean = run(q, k, v, dout)
-    # A key that no later row than its own document's may see; document 2 = rows and keys 2 to 4, row 5 has none.
+    # Documents are rows and keys 0 to 1 and 2 to 4, row 5 has no keys: only row 4 may see key 4.
     for name in ("q", "k", "v", "dout"):
         inputs = {"q": q.clone(), "k": k.clone(), "v": v.clone(), "dout": dout.clone()}
         inputs[name][:, 4] = poison

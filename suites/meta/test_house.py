@@ -42,7 +42,7 @@ BUILT_IN_MARKERS = {"parametrize", "skip", "skipif", "xfail", "usefixtures", "fi
 
 
 def house_files(root: Path) -> list[str]:
-    """Return the files of the tree, relative to `root`: those of git, or all but build products without it."""
+    """Return the files under `root`: those git knows or would add; without git, all but build products."""
     if shutil.which("git") and (root / ".git").exists():
         listing = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -69,18 +69,12 @@ def strangers(names: list[str]) -> list[str]:
 
 
 def without_docstring(root: Path, names: list[str]) -> list[str]:
-    modules = [
-        name for name in names if name.endswith(".py") and name.startswith(tuple(f"{p}/" for p in PACKAGES))
-    ]
+    modules = [name for name in names if name.endswith(".py") and name.startswith(tuple(f"{p}/" for p in PACKAGES))]
     return [name for name in modules if not ast.get_docstring(ast.parse(text_of(root / name), name))]
 
 
 def too_long(root: Path, names: list[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if name.endswith(".py") and len(text_of(root / name).splitlines()) > LONGEST_FILE
-    ]
+    return [name for name in names if name.endswith(".py") and len(text_of(root / name).splitlines()) > LONGEST_FILE]
 
 
 def lines_matching(pattern: re.Pattern[str], root: Path, names: list[str]) -> list[str]:
@@ -106,17 +100,13 @@ def markers_used(source: str) -> set[str]:
 
 
 def constraint_faults(pyproject: dict, constraints: str) -> list[str]:
-    """Return a sentence for every range of pyproject that constraints.txt misses, and every line that is no pin."""
+    """Return a sentence for every range that the pins miss, and for every line that is no pin."""
     pins: dict[str, str] = {}
     faults = []
     for line in constraints.splitlines():
         if line.strip() and not line.startswith("#"):
             name, equals, version = line.partition("==")
-            if (
-                not equals
-                or not re.fullmatch(r"[A-Za-z0-9._-]+", name)
-                or not re.fullmatch(r"[0-9a-z.]+", version)
-            ):
+            if not equals or not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not re.fullmatch(r"[0-9a-z.]+", version):
                 faults.append(f"constraints.txt: {line!r} is not name==version.")
             pins[canonicalize_name(name)] = version
     project = pyproject["project"]
@@ -127,9 +117,7 @@ def constraint_faults(pyproject: dict, constraints: str) -> list[str]:
         if pin is None:
             faults.append(f"constraints.txt pins no version of {asked.name}.")
         elif not asked.specifier.contains(pin):
-            faults.append(
-                f"constraints.txt pins {asked.name} {pin}, but pyproject.toml asks for {asked.specifier}."
-            )
+            faults.append(f"constraints.txt pins {asked.name} {pin}, but pyproject.toml asks for {asked.specifier}.")
     return faults
 
 
@@ -215,9 +203,7 @@ def test_constraints_satisfy_every_range(pyproject: dict) -> None:
     ids=["too old", "missing", "too new in an extra", "local build", "local path"],
 )
 def test_a_planted_constraint_is_caught(constraints: str) -> None:
-    ranges = {
-        "project": {"dependencies": ["torch>=2.11"], "optional-dependencies": {"modal": ["modal>=1.6,<1.7"]}}
-    }
+    ranges = {"project": {"dependencies": ["torch>=2.11"], "optional-dependencies": {"modal": ["modal>=1.6,<1.7"]}}}
     assert constraint_faults(ranges, "# pins\ntorch==2.13.0\nmodal==1.6.4\n") == []
     assert constraint_faults(ranges, constraints) != []
 
@@ -225,9 +211,7 @@ def test_a_planted_constraint_is_caught(constraints: str) -> None:
 def test_every_marker_in_use_is_declared(names: list[str], pyproject: dict) -> None:
     declared = {line.partition(":")[0] for line in pyproject["tool"]["pytest"]["ini_options"]["markers"]}
     used = {name: markers_used(text_of(ROOT / name)) for name in names if name.endswith(".py")}
-    assert {
-        name: extra for name, marks in used.items() if (extra := marks - declared - BUILT_IN_MARKERS)
-    } == {}
+    assert {name: extra for name, marks in used.items() if (extra := marks - declared - BUILT_IN_MARKERS)} == {}
     assert markers_used("@pytest.mark.fast\ndef f(): ...\npytestmark = [pytest.mark.gpu(1)]") == {
         "fast",
         "gpu",

@@ -77,7 +77,7 @@ def test_what_is_written_comes_back(tmp_path):
     assert run.footer["ended"] == "complete"
     assert run.footer["exit_code"] == 1
     assert run.footer["counts"]["failed"] == 1
-    assert read_run(tmp_path) == run or repr(read_run(tmp_path)) == repr(run)
+    assert repr(read_run(tmp_path)) == repr(run)
 
 
 def test_the_file_is_strict_json(tmp_path):
@@ -152,9 +152,7 @@ def test_a_record_that_contradicts_itself_is_refused(tmp_path):
     assert "measure max is 3.0" in str(read_run(path).problem)
 
 
-@pytest.mark.parametrize(
-    "content", [b"hello", b"\x89PNG\n", b"[1]\n", b'{"a": 1}', b'{"record":"verdict"}\n', b"\n"]
-)
+@pytest.mark.parametrize("content", [b"hello", b"\x89PNG\n", b"[1]\n", b'{"a": 1}', b'{"record":"verdict"}\n', b"\n"])
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)

@@ -32,9 +32,7 @@ FOOTER = {"ended": "complete", "exit_code": 1}
 
 
 def verdict(check, status, family="parity", **fields):
-    return Verdict(
-        check, family, "optimized", "text-left-padded", status, dtype="fp32", device="cpu", **fields
-    )
+    return Verdict(check, family, "optimized", "text-left-padded", status, dtype="fp32", device="cpu", **fields)
 
 
 def stored_run(text="why", **fields):
@@ -61,14 +59,10 @@ def stored_run(text="why", **fields):
         verdict(text, Status.VACUOUS, nulls=(NullCandidate(text, False, text),), data={"traceback": text}),
         verdict("selection.keys", Status.SKIPPED, "selection", reason="no GPU"),
         verdict("selection.fp8", Status.NOT_APPLICABLE, "selection", reason="fp8 is not declared"),
-        verdict(
-            "training.curve", Status.VERIFIED, "training", data={"curves": curves, "gradient_table": table}
-        ),
+        verdict("training.curve", Status.VERIFIED, "training", data={"curves": curves, "gradient_table": table}),
     )
     measurements = (Measurement("forward", "optimized", "L 64", (1.0, 3.0, 2.0), "ms"),)
-    return Run(
-        **{"header": HEADER, "verdicts": verdicts, "measurements": measurements, "footer": FOOTER, **fields}
-    )
+    return Run(**{"header": HEADER, "verdicts": verdicts, "measurements": measurements, "footer": FOOTER, **fields})
 
 
 def printed(run, width=100, **options):

@@ -1,0 +1,1 @@
+"""What compares any two implementations, and proves that its own checks can fail."""

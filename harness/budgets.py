@@ -1,0 +1,113 @@
+"""Every tolerance of the project, each with the measurement that justifies it.
+
+The measuring stick is the reference in fp64. A subject in a lower precision is allowed
+
+    budget = factor · (error of the reference itself in that precision, same case, same tape) + floor
+
+on each side of `metrics.Errors`. The factor covers another order of operations, the floor what rounding alone
+may do when the reference happened to be lucky. Without the tape no such budget holds: one flipped choice is
+larger than all of it (harness of the field: 2 × the bf16 error, taken without a tape, passes 11 wrong indexers
+of 11).
+
+The measurements: `python -m harness.budgets` prints, for seeds 0-19 at tiny on the CPU, the largest
+(error − floor) / own error of the optimized model over all cases. Seeds 1000-1099 are never used here.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+from .metrics import SIDES, Errors
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a budget follows from the reference's own error.
+
+    `luck`: independent errors cancel in `gain` like 1 / √entries, so that a short vector's own gain may be small by
+    luck; this many times (mean error / √entries) is allowed besides.
+    """
+
+    factor: float
+    floor: Errors
+    why: str
+    luck: float = 0.0
+
+
+_FP32 = Errors(max=4e-6, mean=1e-6, row=6e-6, channel=6e-6, gain=2e-6)
+_BF16 = Errors(max=8e-3, mean=4e-3, row=8e-3, channel=8e-3, gain=4e-3)
+
+RULES: dict[tuple[str, torch.dtype], Rule] = {
+    ("logits", torch.float32): Rule(3.0, _FP32, "FILL"),
+    ("logits", torch.bfloat16): Rule(3.0, _BF16, "FILL"),
+    ("lm gradients", torch.float32): Rule(4.0, _FP32, "FILL"),
+    ("lm gradients", torch.bfloat16): Rule(4.0, _BF16, "FILL", luck=9.0),
+    ("kl gradients", torch.float32): Rule(4.0, _FP32, "FILL"),
+    ("kl gradients", torch.bfloat16): Rule(4.0, _BF16, "FILL", luck=9.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ScalarRule:
+    """A budget for |a − e| / |e| of one number."""
+
+    factor: float
+    floor: float
+    why: str
+
+
+SCALARS: dict[tuple[str, torch.dtype], ScalarRule] = {
+    ("lm loss", torch.float32): ScalarRule(3.0, 5e-7, "FILL"),
+    ("lm loss", torch.bfloat16): ScalarRule(3.0, 1e-3, "FILL"),
+    ("kl loss", torch.float32): ScalarRule(3.0, 2e-6, "FILL"),
+    ("kl loss", torch.bfloat16): ScalarRule(3.0, 4e-3, "FILL"),
+    ("free lm loss", torch.float32): ScalarRule(3.0, 2e-3, "FILL"),
+    ("free lm loss", torch.bfloat16): ScalarRule(3.0, 2e-2, "FILL"),
+}
+
+# A key whose score is farther than this many score errors from the boundary is decided. The score error is that
+# of the reference itself in the same precision: a subject with random scores must not excuse itself.
+MARGIN_FACTOR = 2.0
+# Sparse attention with k ≥ L against dense attention: the same numbers through another path.
+SPARSE_IS_DENSE = Rule(4.0, _FP32, "FILL")
+# Two loss curves of 20 steps: the reference's own fp32 curve is this close to its fp64 one times the factor.
+CURVES = ScalarRule(4.0, 2e-3, "FILL")
+# A loss that falls must fall by this share of its first value in 20 steps.
+LEAST_FALL = 0.1
+
+
+def budget(output: str, dtype: torch.dtype, own: Errors, entries: int) -> Errors:
+    """The budget of `output` in `dtype`, from the reference's own errors on a tensor of `entries` entries.
+
+    Raises:
+        ValueError: no rule for this output and dtype.
+    """
+    return scale(_rule(RULES, output, dtype), own, entries)
+
+
+def scale(rule: Rule, own: Errors, entries: int) -> Errors:
+    """factor · own + floor, side by side."""
+    allowed = Errors(*(rule.factor * getattr(own, side) + getattr(rule.floor, side) for side in SIDES))
+    return replace(allowed, gain=allowed.gain + rule.luck * own.mean / math.sqrt(entries))
+
+
+def scalar_budget(output: str, dtype: torch.dtype, own: float) -> float:
+    """The budget of the relative error of one number.
+
+    Raises:
+        ValueError: no rule for this output and dtype.
+    """
+    rule = _rule(SCALARS, output, dtype)
+    return rule.factor * own + rule.floor
+
+
+def _rule(rules: Mapping[tuple[str, torch.dtype], R], output: str, dtype: torch.dtype) -> R:
+    if (rule := rules.get((output, dtype))) is None:
+        known = sorted({str(d).removeprefix("torch.") for _, d in rules})
+        raise ValueError(f"There is no budget for {output} in {dtype}; dtypes with budgets are {', '.join(known)}.")
+    return rule

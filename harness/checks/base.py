@@ -1,0 +1,148 @@
+"""What a check is: a function of a bench, answered by measures and rejected null candidates.
+
+A bench holds one case in one dtype: the oracle (the reference in fp64), the baseline (the reference in that
+dtype) and the subject, all on the oracle's tape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from reference import Decisions, DeepseekV32Config
+from reports.schema import Measure, NullCandidate
+
+from ..cases import Case
+from ..observe import Observation, observe
+from ..subjects import ALL, Subject, resolve_subject
+
+State = dict[str, torch.Tensor]
+T = TypeVar("T")
+
+
+class SubjectError(Exception):
+    """The subject raised where its declared capabilities say that it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a check found. Verified when every measure is within its budget and every null candidate was rejected."""
+
+    measures: list[Measure]
+    nulls: list[NullCandidate]
+    reason: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Oracle:
+    """The reference in fp64 on one case: the tape, and what everything is measured against."""
+
+    def __init__(self, case: Case, state: State, device: torch.device) -> None:
+        self.case, self.state, self.device = case, state, device
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The reference in fp64."""
+        return resolve_subject("reference").build(self.case.config, self.state, self.device, torch.float64)
+
+    @cached_property
+    def free(self) -> Observation:
+        """Its own choices: where the tape comes from."""
+        return observe(self.model, self.case, ALL, gradients=False)
+
+    @property
+    def tape(self) -> Decisions:
+        """The choices that every run of this case replays."""
+        assert self.free.decisions is not None
+        return self.free.decisions
+
+    @cached_property
+    def seen(self) -> Observation:
+        """Outputs, gradients and scores on the tape."""
+        return observe(self.model, self.case, ALL, tape=self.tape, scores=True)
+
+
+class Bench:
+    """One case in one dtype: oracle, baseline, subject. Everything is computed once, when it is first asked for."""
+
+    def __init__(self, oracle: Oracle, subject: Subject, dtype: torch.dtype) -> None:
+        self.oracle, self.subject, self.dtype = oracle, subject, dtype
+        self.case, self.device = oracle.case, oracle.device
+
+    @property
+    def expected(self) -> Observation:
+        """What the oracle saw."""
+        return self.oracle.seen
+
+    def reference(self) -> nn.Module:
+        """The reference in this dtype."""
+        return resolve_subject("reference").build(self.case.config, self.oracle.state, self.device, self.dtype)
+
+    @cached_property
+    def baseline(self) -> Observation:
+        """The reference in this dtype on the tape: the error of plain low precision."""
+        return observe(self.reference(), self.case, ALL, tape=self.oracle.tape, scores=True)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The subject's module in this dtype."""
+        return self.build(self.case.config)
+
+    def build(self, config: DeepseekV32Config) -> nn.Module:
+        """A fresh module of the subject for `config`, with the case's weights."""
+        return self.of_subject(lambda: self.subject.build(config, self.oracle.state, self.device, self.dtype))
+
+    def of_subject(self, call: Callable[[], T]) -> T:
+        """Run what the subject is answerable for.
+
+        Raises:
+            SubjectError: whatever it raised, named.
+        """
+        try:
+            return call()
+        except Exception as error:
+            raise SubjectError(f"the subject raised {type(error).__name__}: {error}") from error
+
+    @cached_property
+    def seen(self) -> Observation:
+        """The subject on the tape, if it takes one."""
+        capabilities = self.subject.capabilities
+        tape = self.oracle.tape if "tape" in capabilities else None
+        return self.of_subject(lambda: observe(self.module, self.case, capabilities, tape=tape))
+
+    @cached_property
+    def free(self) -> Observation:
+        """The subject choosing for itself."""
+        return self.of_subject(lambda: observe(self.module, self.case, self.subject.capabilities, gradients=False))
+
+    @cached_property
+    def baseline_free(self) -> Observation:
+        """The reference in this dtype choosing for itself."""
+        return observe(self.reference(), self.case, ALL, gradients=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: its name, the family it is reported in, what a subject must declare, and in which modes it makes sense.
+
+    `only` narrows it to some cases and dtypes by name; empty means all.
+    """
+
+    name: str
+    family: str
+    run: Callable[[Bench], Answer]
+    needs: frozenset[str] = frozenset()
+    modes: frozenset[str] = frozenset({"sparse", "dense"})
+    only_cases: frozenset[str] = frozenset()
+    only_dtypes: frozenset[torch.dtype] = frozenset()
+
+    def concerns(self, mode: str, case: str, dtype: torch.dtype) -> bool:
+        """Whether this check is run at all in `mode`, on `case`, in `dtype`."""
+        return (
+            mode in self.modes
+            and (not self.only_cases or case in self.only_cases)
+            and (not self.only_dtypes or dtype in self.only_dtypes)
+        )

@@ -1,0 +1,113 @@
+"""The command line: `v32 verify`, `v32 report`, `v32 doctor`.
+
+Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified · 0.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from reports.markdown import markdown
+from reports.records import RecordError, read_run, run_exit_code, write_text_atomically
+from reports.terminal import print_line, render
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+# The base of every error in a command line. typer exports only its leaves, and ships click in one version and not in
+# another.
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Verify implementations of DeepSeek V3.2 (sparse attention, indexer, MoE) against a readable reference.",
+)
+
+
+@app.callback()
+def commands() -> None:
+    """Verify implementations of DeepSeek V3.2 against a readable reference."""
+
+
+@app.command()
+def verify(
+    config: Annotated[str, typer.Option(help="A preset: tiny, bench, small, medium.")] = "tiny",
+    subject: Annotated[
+        str, typer.Option(help="optimized, reference, transformers, transformers-eager, or FILE.py:factory.")
+    ] = "optimized",
+    checks: Annotated[str, typer.Option(help="Families or checks, separated by commas; all for every one.")] = "all",
+    cases: Annotated[str, typer.Option(help="Cases, separated by commas; all for every one.")] = "all",
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a row; the default is well above index_topk.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both separated by a comma.")] = "float32,bfloat16",
+    backend: Annotated[str | None, typer.Option(help="The optimized model's operators: torch.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Config and weights from a local checkpoint directory instead of a preset.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-verify.")
+    ] = None,
+) -> None:
+    """Compare a subject with the reference on real text: choices, arithmetic, KL, gradients, training."""
+    from .verify import Request
+    from .verify import verify as run_verify
+
+    request = Request(
+        config=config, subject=subject, checks=checks, cases=cases, seq_len=seq_len, batch=batch, device=device,
+        dtype=dtype, backend=backend, seed=seed, overrides=tuple(set_ or ()), checkpoint=checkpoint,
+        out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify",
+    )  # fmt: skip
+    raise typer.Exit(run_verify(request, Console()))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's directory, or its run.jsonl.")],
+) -> None:
+    """Rebuild report.md from a run's records, and show it on the terminal."""
+    records = read_run(run)
+    folder = run if run.is_dir() else run.parent
+    console = Console()
+    write_text_atomically(folder / "report.md", markdown(records))
+    render(records, console)
+    raise typer.Exit(run_exit_code(records))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what can run here, and what to do about the rest."""
+    from .doctor import print_doctor
+
+    raise typer.Exit(print_doctor(Console()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: every wrong use ends in one sentence and exit code 2."""
+    errors = Console(stderr=True)
+    try:
+        code = app(args=arguments, prog_name="v32", standalone_mode=False)
+    except typer.Abort:
+        code = INTERRUPTED
+    except CommandLineError as error:
+        print_line(errors, f"v32: {getattr(error, 'format_message', error.__str__)()}")
+        code = USAGE_ERROR
+    except RecordError as error:
+        print_line(errors, f"v32: {error}")
+        code = USAGE_ERROR
+    except KeyboardInterrupt:
+        print_line(errors, "v32: interrupted.")
+        code = INTERRUPTED
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The ReLU's kinks: the one place where a KL gradient jumps, and by how much.
+
+A dot product q·k within rounding of zero may fall on either side of the ReLU. Its score hardly changes, but the
+gradient through it is there or not: a third kind of discrete choice, too fine for a tape. What it may do to a
+gradient is computed instead, by the fp64 reference with every kink within the margin open, and with every one shut.
+
+Letters: B batch, L rows, S key slots, J indexer heads, E indexer head dim.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import reference.attention as reference_attention
+from reference import Decisions
+from reference.precision import at_least_fp32
+
+from .budgets import MARGIN_FACTOR
+from .cases import Case
+from .metrics import Errors, errors
+from .observe import Gradients, observe
+from .subjects import ALL
+
+Scores = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def _scores_by(function: Scores) -> Iterator[None]:
+    """The reference's index scores computed by `function`, within the block."""
+    own = reference_attention.index_scores
+    reference_attention.index_scores = function
+    try:
+        yield
+    finally:
+        reference_attention.index_scores = own
+
+
+def _dots(q_BLJE: torch.Tensor, k_BSE: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("blje,bse->bljs", at_least_fp32(q_BLJE), at_least_fp32(k_BSE))
+
+
+def dot_products(model: nn.Module, case: Case, tape: Decisions) -> list[torch.Tensor]:
+    """q·k `[B, L, J, S]` of each layer of a reference model, on the tape."""
+    found: list[torch.Tensor] = []
+
+    def scores(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        found.append(_dots(q, k).detach())
+        return torch.einsum("bljs,blj->bls", found[-1].relu(), at_least_fp32(w))
+
+    with _scores_by(scores):
+        observe(model, case, ALL, tape=tape, gradients=False)
+    return found
+
+
+def kl_gradients_beyond(model: nn.Module, case: Case, tape: Decisions, thresholds: list[float]) -> Gradients:
+    """The KL gradients of a reference model whose layer i lets a dot product through when it exceeds thresholds[i]."""
+    left = iter(thresholds)
+
+    def scores(q: torch.Tensor, k: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        dots = _dots(q, k)
+        return torch.einsum("bljs,blj->bls", dots * (dots > next(left)), at_least_fp32(w))
+
+    with _scores_by(scores):
+        return observe(model, case, ALL, tape=tape).kl_grads
+
+
+def kink_errors(
+    exact: nn.Module, low: nn.Module, case: Case, tape: Decisions, expected: Gradients
+) -> dict[str, Errors]:
+    """What the kinks may do to each KL gradient: its change from all shut to all open, as errors against `expected`.
+
+    Kinks are the dot products within MARGIN_FACTOR times the error that `low`, the reference in the subject's
+    precision, makes in them.
+    """
+    margins = [
+        MARGIN_FACTOR * float((a.double() - b).abs().max())
+        for a, b in zip(dot_products(low, case, tape), dot_products(exact, case, tape), strict=True)
+    ]
+    opened = kl_gradients_beyond(exact, case, tape, [-m for m in margins])
+    shut = kl_gradients_beyond(exact, case, tape, margins)
+    found = {}
+    for name, gradient in expected.items():
+        a, b = opened[name], shut[name]
+        if gradient is not None and a is not None and b is not None:
+            change = errors(gradient + (a - b), gradient)
+            # In the sum over kinks their gains cancel; in a subject that flips some of them they need not.
+            size = float(gradient.norm())
+            found[name] = replace(change, gain=float((a - b).norm()) / size if size else change.gain)
+    return found

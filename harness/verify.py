@@ -1,0 +1,210 @@
+"""`v32 verify`: from a request to a plan, a record file, a report and an exit code."""
+
+import ast
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+
+from reference import DeepseekV32Config, DeepseekV32ForCausalLM
+from reports.markdown import markdown
+from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code, write_text_atomically
+from reports.terminal import Progress, print_line, render
+
+from .cases import CASE_NAMES, calibrated_state
+from .environment import capture
+from .runner import DTYPES, Plan, run, select_cases, select_checks
+from .subjects import resolve_subject, with_backend
+from .text import standard_library
+
+REPORT_FILE = "report.md"
+USAGE_ERROR = 2
+# Long enough to choose from, short enough for a CPU; a multiple of index_topk would hide an off-by-one.
+LENGTHS = {"tiny": 96, "bench": 320, "small": 320, "medium": 2304}
+# A large model's gradients are large too: one plain, one packed, one padded and one far position are enough.
+LARGE_CASES = ("text", "left-padded", "packed", "offset-100000")
+LARGE = 50_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `v32 verify` was asked for, as it was typed."""
+
+    config: str = "tiny"
+    subject: str = "optimized"
+    checks: str = "all"
+    cases: str = "all"
+    seq_len: int | None = None
+    batch: int = 2
+    device: str = "cpu"
+    dtype: str = "float32,bfloat16"
+    backend: str | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+    checkpoint: Path | None = None
+    out: Path = Path("runs/verify")
+
+
+def plan_for(request: Request) -> Plan:
+    """The plan of a request.
+
+    Raises:
+        ValueError: anything that cannot be done, as one sentence that names the argument.
+    """
+    device = _device(request.device)
+    dtypes = tuple(name for name in request.dtype.split(",") if name)
+    for name in dtypes:
+        if name not in DTYPES:
+            raise ValueError(f"--dtype names {name!r}; allowed are {', '.join(DTYPES)}, separated by a comma.")
+    if not dtypes:
+        raise ValueError(f"--dtype is empty; allowed are {', '.join(DTYPES)}, separated by a comma.")
+    checks = select_checks(request.checks.split(","))
+    cases = select_cases(request.cases.split(","))
+    if not checks or not cases:
+        raise ValueError("--checks and --cases must each name something; all stands for every one.")
+    if request.batch < 1:
+        raise ValueError(f"--batch is {request.batch}; it must be 1 or more.")
+    if not 0 <= request.seed < 2**31:
+        raise ValueError(f"--seed is {request.seed}; it must be 0 … 2³¹ − 1.")
+    subject = resolve_subject(request.subject)
+    if request.backend is not None:
+        subject = with_backend(subject, request.backend)
+    config, options = _config(request)
+    length = request.seq_len if request.seq_len is not None else _length(request.config, config)
+    if length < 8:
+        raise ValueError(f"--seq-len is {length}; it must be 8 or more.")
+    if config.vocab_size < 259:
+        raise ValueError(
+            f"vocab_size is {config.vocab_size}, but the text holds token ids up to 258 (bytes, bos, eos, pad): "
+            "it must be 259 or more."
+        )
+    if request.checkpoint is not None:
+        state = checkpoint_state(request.checkpoint)
+    else:
+        state = calibrated_state(config, request.seed)
+    large = sum(t.numel() for t in state.values()) > LARGE
+    if large and cases == CASE_NAMES:
+        cases = LARGE_CASES
+    if request.backend is not None:
+        options = (*options, "--backend", request.backend)
+    if request.device != "cpu":
+        options = (*options, "--device", request.device)
+    return Plan(
+        subject, config, state, request.seed, length, request.batch, device, dtypes, cases, checks,
+        config_name=request.config, options=options,
+    )  # fmt: skip
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device is {name!r}; allowed are cpu, cuda and cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; allowed are cpu, cuda and cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, but torch finds no CUDA device here.")
+    return device
+
+
+def _config(request: Request) -> tuple[DeepseekV32Config, tuple[str, ...]]:
+    fields: dict[str, object] = {}
+    options: list[str] = []
+    for entry in request.overrides:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {entry!r}; it must be name=value.")
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[name] = value
+        options += ["--set", entry]
+    if request.checkpoint is None:
+        return DeepseekV32Config.preset(request.config, **fields), tuple(options)
+    if not request.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint is {str(request.checkpoint)!r}, which is not a directory.")
+    if not (request.checkpoint / "config.json").is_file():
+        raise ValueError(f"--checkpoint is {str(request.checkpoint)!r}, which has no config.json.")
+    if fields:
+        raise ValueError("--set cannot change the config of a --checkpoint; its weights have that shape.")
+    return DeepseekV32Config.from_pretrained(request.checkpoint), ("--checkpoint", str(request.checkpoint))
+
+
+def _length(name: str, config: DeepseekV32Config) -> int:
+    return LENGTHS.get(name, math.ceil(1.25 * config.index_topk) + 16)
+
+
+def checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a local checkpoint in fp32.
+
+    Raises:
+        ValueError: a tensor that is missing, unknown, truncated or wrongly shaped, by its name.
+    """
+    model = DeepseekV32ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def verify(request: Request, console: Console) -> int:
+    """Run the request; returns the exit code. Records are written as they come, the report at the end."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        plan = plan_for(request)
+    except ValueError as error:
+        print_line(Console(stderr=True), f"v32 verify: {one_sentence(error)}")
+        return USAGE_ERROR
+    # A report of an earlier run in the same place must not stand beside new records.
+    (request.out / REPORT_FILE).unlink(missing_ok=True)
+    request.out.mkdir(parents=True, exist_ok=True)
+    command = ["v32", *sys.argv[1:]] if Path(sys.argv[0]).name == "v32" else ["v32", "verify"]
+    header = {
+        "subject": plan.subject.name,
+        "reference": "reference (fp64)",
+        "config": request.config if request.checkpoint is None else str(request.checkpoint),
+        "config_fields": json.loads(plan.config.to_json_string(use_diff=False)),
+        "capabilities": sorted(plan.subject.capabilities),
+        "device_asked": request.device,
+        "device": str(plan.device),
+        "dtypes": list(plan.dtypes),
+        "backend": request.backend or "default",
+        "seed": request.seed,
+        "seq_len": plan.length,
+        "batch": plan.batch,
+        "text": {"source": "Python standard library", "files": standard_library().files,
+                 "sha256": standard_library().sha256},
+        "weights": "calibrated" if request.checkpoint is None else "checkpoint",
+        "command": " ".join(command),
+        "environment": capture(command, seeds={"weights and text": request.seed}),
+    }  # fmt: skip
+    try:
+        with RunWriter(request.out / RUN_FILE, header) as writer, Progress(console, total=len(plan)) as progress:
+            for verdict in run(plan, progress):
+                writer.write(verdict)
+    except KeyboardInterrupt:
+        return _finish(request.out, console) or 130
+    except OSError as error:
+        print_line(Console(stderr=True), f"v32 verify: {request.out} cannot be written: {error.strerror or error}.")
+        return 3
+    return _finish(request.out, console)
+
+
+def _finish(out: Path, console: Console) -> int:
+    records = read_run(out)
+    write_text_atomically(out / REPORT_FILE, markdown(records))
+    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    render(records, console)
+    return run_exit_code(records)
+
+
+def one_sentence(error: Exception) -> str:
+    """An error's text on one line, without the stack of classes that some libraries prepend."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+__all__ = ["Request", "checkpoint_state", "plan_for", "verify"]

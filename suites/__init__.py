@@ -1,0 +1,1 @@
+"""The suites, by purpose: each folder holds the tests of one question."""

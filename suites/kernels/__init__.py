@@ -1,0 +1,1 @@
+"""Tests of the fused operators, each against the plain formula."""
