@@ -15,6 +15,7 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.built-in
+OTHER := .venv/transformers-5.17
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # Tests see one thread per worker, no forked tokenizers, and no hub.
@@ -37,8 +38,8 @@ test: $(STAMP) ## run the fast suites
 	  -m "not slow and not gpu and not perf and not network" $(ARGS)
 
 # In one process, because the perf tests must have the machine to themselves.
-test-all: $(STAMP) ## run every suite that needs no GPU
-	@$(TEST_ENV) $(BIN)/python -m pytest -n 0 -m "not gpu" $(ARGS)
+test-all: $(STAMP) $(OTHER)/.built ## run every suite that needs no GPU
+	@$(TEST_ENV) V32_OTHER_PYTHON=$(OTHER)/bin/python $(BIN)/python -m pytest -n 0 -m "not gpu" $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/ruff check
@@ -78,5 +79,15 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "make setup did not finish, because a package could not be installed (the reason stands above); nothing is lost: run it again." >&2; \
 	  exit 1; }
 	@echo "$(CURDIR)" >$@
+
+# The other end of the range of transformers. Its own packages come first on its path, torch and the rest
+# are those of .venv/.
+$(OTHER)/.built: $(STAMP)
+	@echo "Building $(OTHER)/: transformers 5.17 beside the tested version."
+	@rm -rf $(OTHER) && $(PYTHON) -m venv $(OTHER)
+	@$(OTHER)/bin/python -m pip --disable-pip-version-check install --quiet "transformers==5.17.0"
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/after.pth"
+	@touch $@
 
 FORCE:

@@ -59,10 +59,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session")
 def seed() -> int:
-    """Seed every generator before each test, so that no test depends on the order of the others."""
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
+    """The seed that every test starts from."""
     return SEED
+
+
+@pytest.fixture(autouse=True)
+def _seeded(seed: int) -> None:
+    """Seed every generator before each test, so that no test depends on the order of the others."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -23,6 +23,8 @@ FIXED_FIELDS: dict[str, Any] = {
     "moe_layer_freq": 1,
     "ep_size": 1,
     "num_nextn_predict_layers": 1,
+    # A field of transformers 5.23 that 5.17 does not know; the tape holds what the router chose.
+    "output_router_logits": False,
 }
 # Recomputed from the other fields, and written differently by transformers 5.17 and 5.23.
 DERIVED_FIELDS = ("layer_types", "mlp_layer_types", "head_dim", "qk_head_dim")
@@ -112,11 +114,6 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         for name in kwargs:
             if name not in known:
                 raise ValueError(f"Unknown config field {name!r}{_suggestion(name, known)}.")
-        for name, official in FIXED_FIELDS.items():
-            if name in kwargs and kwargs[name] != official:
-                raise ValueError(
-                    f"Config field {name!r} is {kwargs[name]!r}; DeepSeek V3.2 is defined for {official!r} only."
-                )
         if self.mlp_layer_types is not None:
             self._check_mlp_layer_types()
         self.layer_types = None
@@ -160,6 +157,8 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         for name in vars(self):
             if not name.startswith("_") and name not in self.known_fields():
                 raise ValueError(f"Unknown config field {name!r}{_suggestion(name, self.known_fields())}.")
+        for name, official in FIXED_FIELDS.items():
+            _require(getattr(self, name, official) == official, name, getattr(self, name, official), repr(official))
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
             "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
