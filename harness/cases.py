@@ -10,6 +10,7 @@ Letters: B batch, L rows.
 import math
 import zlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -108,9 +109,7 @@ def build_case(name: str, config: DeepseekV32Config, *, seed: int, length: int, 
         needs.add("padding")
     elif name == "packed":
         cuts = (0, length // 6, length // 2, length)
-        positions = (
-            torch.cat([torch.arange(b - a) for a, b in zip(cuts, cuts[1:], strict=False)]).expand(batch, -1).clone()
-        )
+        positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)]).expand(batch, -1).clone()
         labels[:, cuts[1:-1]] = -100
         needs.add("packing")
     elif name.startswith("offset-"):

@@ -31,7 +31,7 @@ Scores = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def _scores_by(function: Scores) -> Iterator[None]:
     """The reference's index scores computed by `function`, within the block."""
     own = reference_attention.index_scores
-    reference_attention.index_scores = function
+    reference_attention.index_scores = function  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def kl_gradients_beyond(model: nn.Module, case: Case, tape: Decisions, threshold
         return torch.einsum("bljs,blj->bls", dots * (dots > next(left)), at_least_fp32(w))
 
     with _scores_by(scores):
-        return observe(model, case, ALL, tape=tape).kl_grads
+        return observe(model, case, ALL, tape=tape, lm_gradients=False).kl_grads
 
 
 def kink_errors(
@@ -85,8 +85,8 @@ def kink_errors(
     for name, gradient in expected.items():
         a, b = opened[name], shut[name]
         if gradient is not None and a is not None and b is not None:
-            change = errors(gradient + (a - b), gradient)
-            # In the sum over kinks their gains cancel; in a subject that flips some of them they need not.
+            # Twice: in the sum over all kinks some cancel that need not cancel in a subject, which flips a few.
+            change = errors(gradient + 2 * (a - b), gradient)
             size = float(gradient.norm())
-            found[name] = replace(change, gain=float((a - b).norm()) / size if size else change.gain)
+            found[name] = replace(change, gain=2 * float((a - b).norm()) / size if size else change.gain)
     return found

@@ -45,6 +45,35 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return wide.reshape(1, -1) if wide.dim() < 2 else wide.flatten(0, -2)
 
 
+class _Compared:
+    """Two tensors side by side as rows; each side of `Errors` is a method, so that a caller pays for those it reads."""
+
+    def __init__(self, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        self.a, self.e = as_rows(actual), as_rows(expected)
+        self.off = self.a - self.e
+        self.size = float(self.e.square().mean().sqrt())
+
+    def max(self) -> float:
+        return float(self.off.abs().max() / self.e.abs().max())
+
+    def mean(self) -> float:
+        return float(self.off.abs().mean() / self.e.abs().mean())
+
+    def row(self) -> float:
+        return self._worst(1)
+
+    def channel(self) -> float:
+        # The channels of a single row are its entries: the largest error already says it.
+        return self.max() if self.e.shape[0] == 1 and self.e.shape[1] > 1 else self._worst(0)
+
+    def gain(self) -> float:
+        return abs(float((self.a * self.e).sum() / self.e.square().sum()) - 1.0)
+
+    def _worst(self, axis: int) -> float:
+        own = self.e.square().mean(axis).sqrt()
+        return float((self.off.square().mean(axis).sqrt() / own.clamp_min(QUIET * self.size)).max())
+
+
 def errors(actual: torch.Tensor, expected: torch.Tensor) -> Errors:
     """The five errors of `actual`; infinite when the shapes differ or `actual` is not finite where `expected` is.
 
@@ -52,26 +81,16 @@ def errors(actual: torch.Tensor, expected: torch.Tensor) -> Errors:
     """
     if actual.shape != expected.shape or not bool(torch.isfinite(actual).all()):
         return Errors(*[float("inf")] * 5)
-    a, e = as_rows(actual), as_rows(expected)
-    off = a - e
-    size = e.square().mean().sqrt()
-    if size == 0:
-        return Errors(*[0.0 if bool((off == 0).all()) else float("inf")] * 5)
+    sides = _Compared(actual, expected)
+    if sides.size == 0:
+        return Errors(*[0.0 if bool((sides.off == 0).all()) else float("inf")] * 5)
+    return Errors(*(getattr(sides, side)() for side in SIDES))
 
-    def worst(axis: int) -> float:
-        if e.shape[0] == 1 and e.shape[1] > 1 and axis == 0:
-            # The channels of a single row are its entries: the largest error already says it.
-            return float(off.abs().max() / e.abs().max())
-        own = e.square().mean(axis).sqrt()
-        return float((off.square().mean(axis).sqrt() / own.clamp_min(QUIET * float(size))).max())
 
-    return Errors(
-        max=float(off.abs().max() / e.abs().max()),
-        mean=float(off.abs().mean() / e.abs().mean()),
-        row=worst(1),
-        channel=worst(0),
-        gain=abs(float((a * e).sum() / e.square().sum()) - 1.0),
-    )
+def rejected(wrong: torch.Tensor, expected: torch.Tensor, allowed: Errors) -> bool:
+    """Whether a finite `wrong` exceeds `allowed` on any side; the first that does ends the search."""
+    sides = _Compared(wrong, expected)
+    return any(not getattr(sides, side)() <= getattr(allowed, side) for side in ("max", "gain", "mean", "row", "channel"))
 
 
 def null_candidates(expected: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -39,6 +39,7 @@ def observe(
     *,
     tape: Decisions | None = None,
     gradients: bool = True,
+    lm_gradients: bool = True,
     scores: bool = False,
 ) -> Observation:
     """Run `model` on `case`: a forward, the LM loss's gradients, and the KL loss's when it has one.
@@ -46,7 +47,7 @@ def observe(
     Args:
         capabilities: what the model declares; nothing else is asked of it.
         tape: decisions to replay; needs the capability "tape".
-        gradients: whether to run the backwards.
+        gradients: whether to run the backwards. lm_gradients: whether that of the LM loss is one of them.
         scores: also keep index and router scores; the reference only.
     """
     device = next(model.parameters()).device
@@ -75,7 +76,8 @@ def observe(
         seen.router_BLX = router.scores
     if gradients:
         names, parameters = zip(*model.named_parameters(), strict=True)
-        seen.lm_grads = _backward(lm_loss, names, parameters, keep=kl_loss is not None)
+        if lm_gradients:
+            seen.lm_grads = _backward(lm_loss, names, parameters, keep=kl_loss is not None)
         if kl_loss is not None:
             seen.kl_grads = _backward(kl_loss, names, parameters, keep=False)
     return seen

@@ -28,7 +28,8 @@ _OURS_ONLY = (
 def upstream_config(config: DeepseekV32Config, attention: str) -> UpstreamConfig:
     """transformers' config of the same sizes, with `attention` as its attn_implementation."""
     fields = {name: value for name, value in config.to_dict().items() if name not in _OURS_ONLY}
-    return UpstreamConfig(**fields, attn_implementation=attention)
+    made: Any = UpstreamConfig
+    return cast(UpstreamConfig, made(**fields, attn_implementation=attention))
 
 
 def upstream_factory(attention: str) -> Any:
@@ -41,7 +42,7 @@ def upstream_factory(attention: str) -> Any:
         device: torch.device,
         dtype: torch.dtype,
     ) -> nn.Module:
-        model = TapedUpstream(upstream_config(config, attention))
+        model: Any = TapedUpstream(upstream_config(config, attention))
         model.load_state_dict(dict(state_dict), strict=True)
         biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
         fp32_biases = {n: b.clone() for n, b in biases.items()}
@@ -57,7 +58,7 @@ def upstream_factory(attention: str) -> Any:
     return factory
 
 
-class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
+class TapedUpstream(upstream.DeepseekV32ForCausalLM):
     """transformers' model, recording and replaying choices."""
 
     def __init__(self, config: UpstreamConfig) -> None:
@@ -76,7 +77,8 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
         """As upstream's, with the tape."""
         ids = kwargs["input_ids"]
         self.layout = build_layout(
-            *ids.shape,
+            ids.shape[0],
+            ids.shape[1],
             ids.device,
             attention_mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"),
@@ -106,7 +108,7 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
             # Upstream knows no −1: a key that is selected anyway stands in for it. Pad rows attend to nothing.
             return torch.where(slots < 0, slots[..., :1].clamp_min(0), slots).to(torch.int32)
 
-        indexer.forward = forward  # type: ignore[method-assign]
+        indexer.forward = forward
 
     def _tape_gate(self, gate: nn.Module, layer_idx: int) -> None:
         inner = gate.forward
@@ -128,7 +130,7 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):  # type: ignore[misc]
                 chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
             return logits, chosen * router.routed_scaling_factor, used_NT
 
-        gate.forward = forward  # type: ignore[method-assign]
+        gate.forward = forward
 
 
 def as_decisions(slots_BLK: torch.Tensor, layout: Layout) -> torch.Tensor:

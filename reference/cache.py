@@ -17,7 +17,7 @@ from .config import DeepseekV32Config
 from .layout import Layout
 
 
-class LatentLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types for its caches
+class LatentLayer(CacheLayerMixin):
     """One layer's slots.
 
     c_kv `[B, S, C]`: the latent after its norm. k_pe `[B, S, R]`: after RoPE, interleaved as in the official files.
@@ -72,8 +72,10 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships 
         self.is_initialized = False
 
 
-class LatentCache(Cache):  # type: ignore[misc]
+class LatentCache(Cache):
     """The cache of one model: `past_key_values` of its forward, and what `generate` makes by default."""
+
+    layers: list[LatentLayer]  # type: ignore[assignment]
 
     def __init__(self, config: DeepseekV32Config) -> None:
         super().__init__(layers=[LatentLayer() for _ in range(config.num_hidden_layers)])
@@ -81,8 +83,7 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots in use, pads included."""
-        length: int = self.layers[layer_idx].get_seq_length()
-        return length
+        return self.layers[layer_idx].get_seq_length()
 
     def reset(self) -> None:
         """Forget everything."""

@@ -98,7 +98,7 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
     """
 
     # Objects and [B, L, S] tensors that Trainer must not gather at evaluation.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [  # type: ignore[misc]
         "past_key_values", "lm_loss", "indexer_kl_loss", "indexer_scores", "indexer_kl_targets", "decisions",
     ]  # fmt: skip
 
@@ -224,7 +224,7 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         self._check_rope()
 
     def _check_rope(self) -> None:
-        rope = self.rope_parameters
+        rope = self.rope
         kind = rope.get("rope_type", "default")
         _require(kind in ("default", "yarn"), "rope_parameters['rope_type']", kind, "'default' or 'yarn'")
         for name in rope:
@@ -239,7 +239,14 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
                     "a number of at least 1",
                 )
 
+    @property
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters`, which construction has completed."""
+        assert self.rope_parameters is not None
+        return self.rope_parameters
+
     def _check_mlp_layer_types(self) -> None:
+        assert self.mlp_layer_types is not None
         expected = [self.is_moe_layer(i) for i in range(self.num_hidden_layers)]
         given = [kind == "sparse" for kind in self.mlp_layer_types]
         _require(given == expected, "mlp_layer_types", self.mlp_layer_types,

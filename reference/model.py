@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 use_official_names()
 
 
-class DeepseekV32DecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
+class DeepseekV32DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm residual block: attention, then a dense FFN or experts."""
 
     attention_class: type[DeepseekV32Attention] = DeepseekV32Attention
@@ -77,7 +77,7 @@ class DeepseekV32DecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         return x_BLM + out, found.scores_BLS, found.kl_target_BLS, found.kl_sum, found.topk_BLK, experts
 
 
-class DeepseekV32PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class DeepseekV32PreTrainedModel(PreTrainedModel):
     """Loading, saving and initialisation, in the official tensor names."""
 
     config: DeepseekV32Config
@@ -107,7 +107,8 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         """
         wants_info = kwargs.pop("output_loading_info", False)
         check_checkpoint(pretrained_model_name_or_path, cls, kwargs.get("config"))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         check_loading(pretrained_model_name_or_path, info)
         return (model, info) if wants_info else model
 
@@ -162,7 +163,7 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
             raise ValueError(f"decisions holds {len(decisions)} layers; the model has {len(self.layers)}.")
         past = cache.layout if cache is not None else None
         layout = build_layout(
-            *x_BLM.shape[:2], x_BLM.device,
+            x_BLM.shape[0], x_BLM.shape[1], x_BLM.device,
             attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q, past=past,
         )  # fmt: skip
         # Whatever stands in padding must not matter, not even NaN.
@@ -225,7 +226,7 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
         return past_key_values
 
 
-class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):
     """DeepSeek V3.2 with its language-modelling head, the indexer's KL loss and the decision tape."""
 
     backbone_class: type[DeepseekV32Model] = DeepseekV32Model
@@ -356,7 +357,7 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):  # ty
                 f"forward() got {name!r}={value!r}, which this model does not know; see its docstring for the arguments there are."
             )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
@@ -366,4 +367,6 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):  # ty
                 )
             model_kwargs["past_key_values"] = LatentCache(self.config)
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )

@@ -10,7 +10,7 @@ from .decisions import Decisions
 
 
 @dataclass
-class BackboneOutput(ModelOutput):  # type: ignore[misc]
+class BackboneOutput(ModelOutput):
     """Output of `DeepseekV32Model`; fields as in `CausalLMOutput`. `indexer_kl_sum`: Σ over layers and rows."""
 
     last_hidden_state: torch.Tensor | None = None
@@ -24,7 +24,7 @@ class BackboneOutput(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class CausalLMOutput(ModelOutput):  # type: ignore[misc]
+class CausalLMOutput(ModelOutput):
     """Output of `DeepseekV32ForCausalLM`.
 
     loss: lm_loss + indexer_kl_coef · indexer_kl_loss, when labels are given.

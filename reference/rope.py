@@ -48,7 +48,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: DeepseekV32Config) -> float:
     """(nope + rope)^(-1/2), times m² under YaRN: 0.1352337789 for V3.2. It multiplies the whole logit."""
     scale = float((config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5)
-    rope = config.rope_parameters
+    rope = config.rope
     if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
         scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
     return scale
@@ -74,7 +74,7 @@ class RotaryTable(torch.nn.Module):
 
     def __init__(self, config: DeepseekV32Config) -> None:
         super().__init__()
-        self.rope_parameters = dict(config.rope_parameters)
+        self.rope_parameters = dict(config.rope)
         self.dim = config.qk_rope_head_dim
         self.factor = rotary_factor(self.rope_parameters)
         self.inv_freq = torch.nn.Buffer(yarn_inv_freq(self.rope_parameters, self.dim), persistent=False)

@@ -146,3 +146,10 @@ class Check:
             and (not self.only_cases or case in self.only_cases)
             and (not self.only_dtypes or dtype in self.only_dtypes)
         )
+
+
+def whole_model_check(
+    name: str, family: str, run: Callable[[Bench], Answer], needs: frozenset[str] = frozenset()
+) -> Check:
+    """A check that builds models of its own: once a run, in fp32."""
+    return Check(name, family, run, needs, frozenset({"whole"}), only_dtypes=frozenset({torch.float32}))

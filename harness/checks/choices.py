@@ -22,8 +22,9 @@ from .base import Answer, Bench, Check
 
 def layout_of(case: Case, device: torch.device) -> Layout:
     """The case's layout: which keys each row may choose."""
+    batch, length = case.input_ids.shape
     return build_layout(
-        *case.input_ids.shape, device,
+        batch, length, device,
         attention_mask=case.attention_mask, position_ids=None if case.position_ids is None else case.position_ids.to(device),
     )  # fmt: skip
 
@@ -125,7 +126,7 @@ def keys(bench: Bench) -> Answer:
 
 
 def judge_experts(
-    chosen_BLT: torch.Tensor, biased_BLX: torch.Tensor, exact_BLT: torch.Tensor, gaps_BL: torch.Tensor,
+    chosen_BLT: torch.Tensor, exact_BLT: torch.Tensor, gaps_BL: torch.Tensor,
     real_BL: torch.Tensor, margin: float,
 ) -> Verdicts:  # fmt: skip
     """Judge one layer's experts: rows whose gap exceeds the margin must have chosen the same set."""
@@ -168,7 +169,7 @@ def experts(bench: Bench) -> Answer:
             return Answer([Measure("layers without experts", 1.0, 0.0)], [], f"layer {i} reports no experts")
         margin = MARGIN_FACTOR * float((low.double() - biased)[real].abs().max())
         gaps = expert_gaps(biased, config.n_group, config.topk_group, config.num_experts_per_tok)
-        found = judge_experts(decision.expert_indices, biased, exact, gaps, real, margin)
+        found = judge_experts(decision.expert_indices, exact, gaps, real, margin)
         wrong, flips, rows = wrong + found.wrong, flips + found.flips, rows + found.rows
         first = i if found.wrong and first is None else first
         noise = torch.rand(biased.shape, generator=generator, dtype=torch.float64).to(biased)
@@ -180,7 +181,7 @@ def experts(bench: Bench) -> Answer:
         if config.topk_group == config.n_group:
             del candidates["best experts of all groups"]
         for kind, candidate in candidates.items():
-            judged = judge_experts(candidate, biased, exact, gaps, real, margin)
+            judged = judge_experts(candidate, exact, gaps, real, margin)
             rejected[kind] = rejected.get(kind, False) or judged.wrong > 0
     measures = [
         Measure("wrong rows", float(wrong), 0.0, "rows"),

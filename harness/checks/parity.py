@@ -12,7 +12,7 @@ from reports.schema import Measure, NullCandidate
 
 from ..budgets import budget, scalar_budget
 from ..kinks import kink_errors
-from ..metrics import SIDES, Errors, errors, null_candidates
+from ..metrics import SIDES, Errors, errors, null_candidates, rejected
 from ..observe import Gradients, Observation
 from .base import Answer, Bench, Check
 
@@ -24,7 +24,7 @@ def judge_tensor(
     found = errors(actual, expected)
     measures = [Measure(side, getattr(found, side), getattr(allowed, side)) for side in SIDES]
     nulls = [
-        NullCandidate(kind, not errors(wrong, expected).used(allowed) <= 1) for kind, wrong in null_candidates(expected)
+        NullCandidate(kind, rejected(wrong, expected, allowed)) for kind, wrong in null_candidates(expected)
     ]
     return measures, nulls
 
@@ -134,11 +134,11 @@ def _gradient_nulls(
     gain_rejected = False
     for name, e in reached.items():
         for kind, wrong in null_candidates(e):
-            rejected = not errors(wrong, e).used(allowed[name]) <= 1
+            seen = rejected(wrong, e, allowed[name])
             if kind == "4 % gain" and dtype == torch.bfloat16:
-                gain_rejected |= rejected
+                gain_rejected |= seen
             else:
-                accepted.setdefault(kind, []).extend([] if rejected else [name])
+                accepted.setdefault(kind, []).extend([] if seen else [name])
     if dtype == torch.bfloat16:
         accepted["4 % gain on all"] = [] if gain_rejected else ["every parameter"]
     return [

@@ -16,7 +16,7 @@ from reports.schema import Measure, NullCandidate
 from ..budgets import CURVES, LEAST_FALL
 from ..cases import Case, build_case
 from ..subjects import resolve_subject
-from .base import Answer, Bench, Check
+from .base import Answer, Bench, whole_model_check
 from .whole import changed
 
 STEPS = 20
@@ -114,9 +114,12 @@ def curves_agree(recipe: Recipe) -> Callable[[Bench], Answer]:
     return check
 
 
-_WHOLE = {"modes": frozenset({"whole"}), "only_dtypes": frozenset({torch.float32})}
 CHECKS = [
-    Check("training.sparse", "training", curves_agree(Recipe(True, ("lm", "kl"), LEARNING_RATE)), **_WHOLE),
-    Check("training.warmup", "training", curves_agree(Recipe(False, ("kl",), WARMUP_LEARNING_RATE, indexer_only=True)),
-          frozenset({"indexer-kl", "dense-mode"}), **_WHOLE),
-]  # fmt: skip
+    whole_model_check("training.sparse", "training", curves_agree(Recipe(True, ("lm", "kl"), LEARNING_RATE))),
+    whole_model_check(
+        "training.warmup",
+        "training",
+        curves_agree(Recipe(False, ("kl",), WARMUP_LEARNING_RATE, indexer_only=True)),
+        frozenset({"indexer-kl", "dense-mode"}),
+    ),
+]

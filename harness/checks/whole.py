@@ -1,6 +1,7 @@
 """Checks of a whole model: sparse attention with k ≥ L is dense attention, and who gets gradient in which training mode."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,10 +11,10 @@ from reference.training import parameter_group
 from reports.schema import Measure, NullCandidate
 
 from ..budgets import SPARSE_IS_DENSE, scale
-from ..metrics import errors
+from ..metrics import errors, rejected
 from ..observe import observe
 from ..subjects import ALL, resolve_subject
-from .base import Answer, Bench, Check, Oracle
+from .base import Answer, Bench, Oracle, whole_model_check
 from .parity import judge_tensor
 
 
@@ -45,8 +46,8 @@ def sparse_is_dense(bench: Bench) -> Answer:
         return seen.logits[real]
 
     measures, nulls = judge_tensor(sparse_logits(length), expected, allowed)
-    halved = errors(sparse_logits(max(length // 2, 1)), expected).used(allowed)
-    return Answer(measures, [*nulls, NullCandidate("half the keys", not halved <= 1)])
+    halved = rejected(sparse_logits(max(length // 2, 1)), expected, allowed)
+    return Answer(measures, [*nulls, NullCandidate("half the keys", halved)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ def observed_table(bench: Bench) -> Table:
             train_only_indexer(module)
         elif mode.trains == "all but indexer":
             freeze_indexer(module)
-        seen = bench.of_subject(lambda m=module, c=case: observe(m, c, bench.subject.capabilities))
+        seen = bench.of_subject(partial(observe, module, case, bench.subject.capabilities))
         gradients = {
             name: [g for g in (seen.lm_grads.get(name) if "lm" in mode.losses else None,
                                seen.kl_grads.get(name) if "kl" in mode.losses else None) if g is not None]
@@ -178,8 +179,7 @@ def who_gets_gradient(bench: Bench) -> Answer:
     )
 
 
-_WHOLE = {"modes": frozenset({"whole"}), "only_dtypes": frozenset({torch.float32})}
 CHECKS = [
-    Check("identity.sparse_is_dense", "identity", sparse_is_dense, frozenset({"tape"}), **_WHOLE),
-    Check("gradients.who", "gradients", who_gets_gradient, **_WHOLE),
+    whole_model_check("identity.sparse_is_dense", "identity", sparse_is_dense, frozenset({"tape"})),
+    whole_model_check("gradients.who", "gradients", who_gets_gradient),
 ]

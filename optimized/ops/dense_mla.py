@@ -198,9 +198,8 @@ def _dense_mla_backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: flo
             dq_HCD = torch.bmm(dlogit_HCn, clean_key_HSD[:, keys])
             mark_reached_(dq_HCD, visible_Cn, None if bad_key_HSD is None else bad_key_HSD[:, keys])
             dq_BLHD[b, first:last] = dq_HCD.mul_(scale).transpose(0, 1).to(dq_BLHD.dtype)
-            query_HCD, bad_query_HCD = split_finite(query_HCD)
-            dkey_HSD[:, keys].baddbmm_(dlogit_HCn.mT, query_HCD)
-            mark_reached_(dkey_HSD[:, keys], visible_Cn.T, bad_query_HCD)
+            # No NaN to put back here: a query that is not finite has made all its visible dS NaN.
+            dkey_HSD[:, keys].baddbmm_(dlogit_HCn.mT, split_finite(query_HCD)[0])
             dout_HCV, bad_dout_HCV = split_finite(dout_HCV)
             dvalue_HSV[:, keys].baddbmm_(weight_HCn.mT, dout_HCV)
             mark_reached_(dvalue_HSV[:, keys], visible_Cn.T, bad_dout_HCV)

@@ -1,6 +1,7 @@
 """The reference in fp64 against a naive per-query loop that was written from the report alone."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +23,16 @@ def both(sparse: bool, case_name: str):
     config = DeepseekV32Config.preset("tiny", use_sparse_attention=sparse)
     state = calibrated_state(config, seed=3, dtype=torch.float64)
     case = build_case(case_name, config, seed=3, length=LENGTH, batch=1)
-    model = load_weights(DeepseekV32ForCausalLM, config, state, CPU, torch.float64)
+    model: Any = load_weights(DeepseekV32ForCausalLM, config, state, CPU, torch.float64)
     out = model(
         **case.inputs(), labels=case.input_ids, output_indexer_kl_loss=True, output_decisions=True,
         output_indexer_scores="visible",
     )  # fmt: skip
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours = {
-        loss: dict(zip(names, torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True), strict=True))
+        loss: dict(
+            zip(names, torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True), strict=True)
+        )
         for loss, value in (("lm", out.lm_loss), ("kl", out.indexer_kl_loss))
     }
 

@@ -1,0 +1,1 @@
+"""Tests of the discrete choices: what is selected, recorded and replayed."""

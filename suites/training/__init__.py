@@ -1,0 +1,1 @@
+"""Tests of the losses, of who trains, and of the training guide."""
