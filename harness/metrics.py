@@ -12,7 +12,7 @@ import torch
 
 SIDES = ("max", "mean", "row", "channel", "gain")
 # A row or channel is judged against its own size, but not below this share of the tensor's.
-QUIET = 0.1
+QUIET = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,9 @@ def errors(actual: torch.Tensor, expected: torch.Tensor) -> Errors:
 def rejected(wrong: torch.Tensor, expected: torch.Tensor, allowed: Errors) -> bool:
     """Whether a finite `wrong` exceeds `allowed` on any side; the first that does ends the search."""
     sides = _Compared(wrong, expected)
-    return any(not getattr(sides, side)() <= getattr(allowed, side) for side in ("max", "gain", "mean", "row", "channel"))
+    return any(
+        not getattr(sides, side)() <= getattr(allowed, side) for side in ("max", "gain", "mean", "row", "channel")
+    )
 
 
 def null_candidates(expected: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -147,9 +147,9 @@ def check_loading(path: Any, info: Mapping[str, Any]) -> None:
     """Refuse what transformers' loader had to make up (for checkpoints that are not local directories).
 
     Raises:
-        ValueError: the first tensor that was missing or did not fit.
+        ValueError: the first tensor that was missing, unknown or did not fit.
     """
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys", "error_msgs"):
         if found := info.get(kind):
             first = sorted(map(str, found))[0]
             raise ValueError(f"Checkpoint {path}: {kind.replace('_', ' ')}: {first} ({len(found)} in all).")

@@ -87,8 +87,6 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DeepseekV32DecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "k_norm"]
-    # The multi-token-prediction layer of the published files; `check_checkpoint` allows no other surplus.
-    _keys_to_ignore_on_load_unexpected = [r"model\.layers\.\d+\..*"]
 
     def __init__(self, config: DeepseekV32Config, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, DeepseekV32Config):
@@ -97,6 +95,8 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):
             )
         config.check()
         super().__init__(config, *args, **kwargs)
+        # The multi-token-prediction layer of the published files.
+        self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{config.num_hidden_layers}\..*"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

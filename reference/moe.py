@@ -120,10 +120,12 @@ class Experts(nn.Module):
     def forward(self, x_NM: torch.Tensor, experts_NT: torch.Tensor, weights_NT: torch.Tensor) -> torch.Tensor:
         """Σ over a token's experts of weight · expert(x), accumulated in at least fp32: `[N, M]` in that dtype."""
         out = at_least_fp32(torch.zeros_like(x_NM))
+        # unbind, because the gradient of each index into a stack would be a buffer of the whole stack.
+        gate_up, down = self.gate_up_proj.unbind(0), self.down_proj.unbind(0)
         for expert in experts_NT.unique().tolist():
             token, place = torch.where(experts_NT == expert)
-            gate, up = F.linear(x_NM[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            y = F.linear(swiglu(gate, up), self.down_proj[expert])
+            gate, up = F.linear(x_NM[token], gate_up[expert]).chunk(2, dim=-1)
+            y = F.linear(swiglu(gate, up), down[expert])
             out = out.index_add(0, token, at_least_fp32(y) * weights_NT[token, place, None])
         return out
 

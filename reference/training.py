@@ -15,7 +15,7 @@ GROUPS = (
     "indexer",
     "gate",
     "experts",
-    "shared experts and dense FFN",
+    "FFN, shared experts",
     "norms",
     "head",
 )
@@ -51,7 +51,7 @@ def parameter_group(parameter_name: str) -> str:
         (".self_attn.", "attention"),
         (".mlp.gate.", "gate"),
         (".mlp.experts.", "experts"),
-        (".mlp.", "shared experts and dense FFN"),
+        (".mlp.", "FFN, shared experts"),
     ):
         if part in name:
             return group

@@ -36,7 +36,11 @@ _STYLES = {
     Status.NOT_APPLICABLE: "dim",
 }
 # Columns that are short and would be hard to read when broken.
-_WHOLE = ("status", "used", "time", "samples")
+_WHOLE = ("group", "status", "used", "time", "samples")
+
+
+# Words of the gradient table, which seven of them a row would not fit beside.
+_SIGNS = {"finite": "●", "none": "·", "zero": "0"}
 
 
 def shown(console: Console, text: str, style: str = "") -> Text:
@@ -193,9 +197,10 @@ def _curves(verdict: Verdict, labels: Labels, console: Console) -> None:
 def _gradients(verdict: Verdict, labels: Labels, console: Console) -> None:
     table = gradient_table(verdict)
     if table is not None:
-        rows = [[shown(console, one_line(cell)) for cell in row] for row in table[1]]
+        rows = [[shown(console, _SIGNS.get(cell, one_line(cell))) for cell in row] for row in table[1]]
         columns = [one_line(name) for name in table[0]]
-        _table(f"who gets gradient: {labels.full(verdict)}", columns, rows, console)
+        legend = ", ".join(f"{sign} {word}" for word, sign in _SIGNS.items())
+        _table(f"who gets gradient ({legend}): {labels.full(verdict)}", columns, rows, console)
 
 
 def _measurements(measurements: tuple[Measurement, ...], console: Console) -> None:

@@ -23,9 +23,7 @@ def judge_tensor(
     """The five measures of one tensor, and what became of its null candidates."""
     found = errors(actual, expected)
     measures = [Measure(side, getattr(found, side), getattr(allowed, side)) for side in SIDES]
-    nulls = [
-        NullCandidate(kind, rejected(wrong, expected, allowed)) for kind, wrong in null_candidates(expected)
-    ]
+    nulls = [NullCandidate(kind, rejected(wrong, expected, allowed)) for kind, wrong in null_candidates(expected)]
     return measures, nulls
 
 

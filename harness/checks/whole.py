@@ -74,8 +74,8 @@ MODES = (
          needs=_KL | {"detach-switch"}),
 )  # fmt: skip
 
-BACKBONE = ("embedding", "attention", "gate", "experts", "shared experts and dense FFN", "norms", "head")
-INDEXER = ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
+BACKBONE = ("embedding", "attention", "gate", "experts", "FFN, shared experts", "norms", "head")
+INDEXER = ("wq_b", "wk", "k_norm.weight", "k_norm.bias", "weights_proj")
 Table = dict[str, dict[str, str]]
 
 
@@ -120,7 +120,10 @@ def summarise(module: nn.Module, gradients: dict[str, list[torch.Tensor]]) -> di
     members: dict[str, list[str]] = {}
     for name, _ in module.named_parameters():
         group = parameter_group(name)
-        members.setdefault(f"indexer.{name.split('.indexer.')[1]}" if group == "indexer" else group, []).append(name)
+        if group == "indexer":
+            leaf = name.split(".indexer.")[1]
+            group = f"indexer.{leaf if leaf.startswith('k_norm') else leaf.removesuffix('.weight')}"
+        members.setdefault(group, []).append(name)
     column = {}
     for group, names in members.items():
         states = {_state(gradients[name]) for name in names}
@@ -160,7 +163,7 @@ def who_gets_gradient(bench: Bench) -> Answer:
     wrong = differences(found, expected)
     nulls = []
     for kind, mode, group, value in (
-        ("LM loss reaches the indexer", "sparse, LM", "indexer.wk.weight", "finite"),
+        ("LM loss reaches the indexer", "sparse, LM", "indexer.wk", "finite"),
         ("experts get no gradient", "sparse, LM", "experts", "none"),
         ("KL loss reaches the backbone", "sparse, KL", "attention", "finite"),
         ("k_norm.bias is never trained", "sparse, KL", "indexer.k_norm.bias", "none"),

@@ -240,9 +240,7 @@ def future_keys_may_be_chosen(model):
 @wrong("choices")
 def keys_of_other_documents(model):
     """Seen by the packed case alone: causal, but over everything before."""
-    selection(
-        model, lambda inner, scores, visible, layout, k: inner(scores, torch.ones_like(visible).tril(), layout)
-    )
+    selection(model, lambda inner, scores, visible, layout, k: inner(scores, torch.ones_like(visible).tril(), layout))
 
 
 @wrong("choices")

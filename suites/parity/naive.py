@@ -112,9 +112,6 @@ def naive_causal_lm_loss(logits_LV: Tensor, input_ids_L: Tensor | Sequence[int])
     return -torch.stack([log_p_LV[t, ids[t + 1]] for t in range(len(ids) - 1)]).mean()
 
 
-# ------------------------------------------------------------------------------------------------ attention
-
-
 def attention(
     config: Any, w: Weights, x_LD: Tensor, cos_LP: Tensor, sin_LP: Tensor, visible: Rows, sparse: bool
 ) -> tuple[Tensor, Tensor, Rows | None, Tensor]:
@@ -177,9 +174,6 @@ def kl_of_row(probs_AC: Tensor, I_C: Tensor) -> Tensor:
     return (torch.special.xlogy(p_C, p_C) - p_C * log_q_C).sum()
 
 
-# -------------------------------------------------------------------------------------------------- indexer
-
-
 def index_scores(
     config: Any, w: Weights, x_LD: Tensor, c_LQ: Tensor, cos_LP: Tensor, sin_LP: Tensor, visible: Rows
 ) -> Tensor:
@@ -209,9 +203,6 @@ def top_k(scored: Iterable[tuple[float, int]], k: int) -> list[int]:
     """
     ranked = sorted(scored, key=lambda it: (0, 0.0, it[1]) if math.isnan(it[0]) else (1, -it[0], it[1]))
     return sorted(index for _, index in ranked[:k])
-
-
-# ---------------------------------------------------------------------------------------------- FFN and MoE
 
 
 def ffn(x: Tensor, gate_ID: Tensor, up_ID: Tensor, down_DI: Tensor) -> Tensor:
@@ -255,9 +246,6 @@ def choose_experts(config: Any, s_E: list[float], bias_E: list[float]) -> list[i
     return top_k(masked, config.num_experts_per_tok)
 
 
-# -------------------------------------------------------------------------------------- norms and rotations
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Spec 1.3: x / sqrt(mean(x^2) + eps), times the weight."""
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -286,9 +274,6 @@ def softmax_of(logits: Tensor) -> Tensor:
     """exp(x) over its sum, on the last axis; the maximum is taken out first."""
     e = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return e / e.sum(-1, keepdim=True)
-
-
-# --------------------------------------------------------------------------------------------- small change
 
 
 def _documents_of(positions: list[int]) -> list[int]:

@@ -45,9 +45,7 @@ def assert_same_tape(a, b):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             width = max(ours.shape[-1], theirs.shape[-1])
-            ours, theirs = (
-                torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (ours, theirs)
-            )
+            ours, theirs = (torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1) for x in (ours, theirs))
             assert ours.tolist() == theirs.tolist()
 
 
