@@ -46,9 +46,9 @@ RULES: dict[tuple[str, torch.dtype], Rule] = {
     ("logits", torch.float32): Rule(3.0, _FP32, "FILL"),
     ("logits", torch.bfloat16): Rule(3.0, _BF16, "FILL"),
     ("lm gradients", torch.float32): Rule(3.0, _FP32, "FILL"),
-    ("lm gradients", torch.bfloat16): Rule(4.0, _BF16, "FILL", luck=9.0),
+    ("lm gradients", torch.bfloat16): Rule(4.0, _BF16, "FILL", luck=15.0),
     ("kl gradients", torch.float32): Rule(3.0, _FP32, "FILL"),
-    ("kl gradients", torch.bfloat16): Rule(4.0, _BF16, "FILL", luck=9.0),
+    ("kl gradients", torch.bfloat16): Rule(5.0, _BF16, "FILL", luck=15.0),
 }
 
 

@@ -101,13 +101,14 @@ def select_cases(names: Iterable[str]) -> tuple[str, ...]:
 def run(plan: Plan, sink: Sink) -> Iterator[Verdict]:
     """Run the plan; one verdict a check, as each is reached."""
     oracle: Oracle | None = None
-    held: tuple[str, str] | None = None
+    held: tuple[str, str, str] | None = None
     lacking: set[tuple[str, str]] = set()
     for mode, case_name, dtype, checks in plan.steps():
-        if held != (mode, case_name) or oracle is None:
+        if held != (mode, case_name, dtype) or oracle is None:
             # The previous oracle's gradients are freed before the next is made.
             oracle = None
-            oracle, held = Oracle(_case(plan, mode, case_name), plan.state, plan.device), (mode, case_name)
+            oracle = Oracle(_case(plan, mode, case_name), plan.state, plan.device, DTYPES[dtype])
+            held = (mode, case_name, dtype)
         bench = Bench(oracle, plan.subject, DTYPES[dtype])
         for check in checks:
             missing = missing_capability(check, bench.case, mode, plan.subject)

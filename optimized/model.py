@@ -77,7 +77,7 @@ class DeepseekV32Attention(ReferenceAttention):
         self, t: Projected, layout: Layout, indices_BLK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """`out_BLHV`, absorbed `q_BLHD`, latent `kv_BSD`, `lse_BLH`: q_nope·W_uk reads the latents themselves."""
-        w_uk_HNC, w_uv_HVC = self.up_projections()
+        w_uk_HNC, w_uv_HVC = self.up_projections(t.c_kv_BSC)
         dtype = t.q_nope_BLHN.dtype
         q_latent = torch.einsum("blhn,hnc->blhc", t.q_nope_BLHN, w_uk_HNC.to(dtype))
         q_BLHD = torch.cat((q_latent, t.q_pe_BLHR), -1)
@@ -86,12 +86,24 @@ class DeepseekV32Attention(ReferenceAttention):
         out_BLHV = torch.einsum("blhc,hvc->blhv", out_BLHC, w_uv_HVC.to(dtype))
         return out_BLHV, q_BLHD, kv_BSD, lse_BLH
 
+    def up_projections(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """W_uk `[H, N, C]` and W_uv `[H, V, C]`, for latents `like`.
+
+        A kv_b_proj that is more than a linear layer (an adapter, an offloading hook) is asked for its matrix by
+        applying it to the identity; dropout of an adapter then drops latent channels for all tokens at once.
+        """
+        proj = self.kv_b_proj
+        if type(proj) is torch.nn.Linear and not hasattr(proj, "_hf_hook"):
+            weight = proj.weight
+        else:
+            weight = proj(torch.eye(self.latent_dim, dtype=like.dtype, device=like.device)).T
+        w_uk, w_uv = weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], dim=1)
+        return w_uk, w_uv
+
     def _dense(self, t: Projected, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """`out_BLHV`, `q_BLHD`, `k_BSHD`, `lse_BLH`, D = N + R: keys and values expanded a head."""
-        w_uk_HNC, w_uv_HVC = self.up_projections()
         c_kv, k_pe = layout.compact(t.c_kv_BSC), layout.compact(t.k_pe_BSR)
-        k_nope = torch.einsum("bsc,hnc->bshn", c_kv, w_uk_HNC.to(c_kv.dtype))
-        v_BSHV = torch.einsum("bsc,hvc->bshv", c_kv, w_uv_HVC.to(c_kv.dtype))
+        k_nope, v_BSHV = self.keys_and_values(c_kv)
         k_BSHD = torch.cat((k_nope, k_pe[:, :, None].expand(-1, -1, self.n_heads, -1)), -1)
         q_BLHD = torch.cat((t.q_nope_BLHN, t.q_pe_BLHR), -1)
         out_BLHV, lse_BLH = dense_mla(q_BLHD, k_BSHD, v_BSHV, layout.bounds_BL2, self.scale, backend=self.backend)

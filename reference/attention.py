@@ -161,11 +161,11 @@ class DeepseekV32Attention(nn.Module):
             index_k = self.indexer.quantized(index_k)
         return Projected(q_nope, q_pe, c_kv, k_pe, index_q, index_k, index_w)
 
-    def up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_uk `[H, N, C]` and W_uv `[H, V, C]`: kv_b_proj holds a head's N key rows, then its V value rows."""
-        weight = self.kv_b_proj.weight.unflatten(0, (self.n_heads, -1))
-        w_uk, w_uv = weight.split([self.nope_dim, self.v_dim], dim=1)
-        return w_uk, w_uv
+    def keys_and_values(self, c_kv_BSC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`k_nope_BSHN` = W_uk c_kv and `v_BSHV` = W_uv c_kv: kv_b_proj holds a head's N key rows, then its V value rows."""
+        expanded = self.kv_b_proj(c_kv_BSC).unflatten(-1, (self.n_heads, -1))
+        k_nope, v = expanded.split([self.nope_dim, self.v_dim], dim=-1)
+        return k_nope, v
 
     def attend(
         self, t: Projected, layout: Layout, ask: Ask, replayed_BLK: torch.Tensor | None
@@ -185,14 +185,9 @@ class DeepseekV32Attention(nn.Module):
             own_BLK = self.choose(scores_BLS.detach(), visible_BLS, layout)
             used_BLK = own_BLK if replayed_BLK is None else replayed_BLK
             candidates_BLS = selected_mask(layout.to_slots(used_BLK), layout.num_slots)
+        k_nope_BSHN, v_BSHV = self.keys_and_values(t.c_kv_BSC)
         out_BLHV, probs_BHLS = masked_attention(
-            t.q_nope_BLHN,
-            t.q_pe_BLHR,
-            t.c_kv_BSC,
-            t.k_pe_BSR,
-            *self.up_projections(),
-            self.scale,
-            candidates_BLS,
+            t.q_nope_BLHN, t.q_pe_BLHR, k_nope_BSHN, v_BSHV, t.k_pe_BSR, self.scale, candidates_BLS
         )
         found = Found(topk_BLK=own_BLK)
         if ask.kl_target or ask.kl_loss:
@@ -221,20 +216,17 @@ class DeepseekV32Attention(nn.Module):
 def masked_attention(
     q_nope_BLHN: torch.Tensor,
     q_pe_BLHR: torch.Tensor,
-    c_kv_BSC: torch.Tensor,
+    k_nope_BSHN: torch.Tensor,
+    v_BSHV: torch.Tensor,
     k_pe_BSR: torch.Tensor,
-    w_uk_HNC: torch.Tensor,
-    w_uv_HVC: torch.Tensor,
     scale: float,
     candidates_BLS: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Non-absorbed MLA: `out_BLHV` in q's dtype and the probabilities `[B, H, L, S]` in at least fp32.
 
-    Keys and values are rounded to the model's dtype, products and softmax are not. A row without candidates gives
+    Products and softmax are in at least fp32, whatever the dtype of queries, keys and values. A row without candidates gives
     probabilities 0 and output 0.
     """
-    k_nope_BSHN = torch.einsum("bsc,hnc->bshn", c_kv_BSC, w_uk_HNC.to(c_kv_BSC.dtype))
-    v_BSHV = torch.einsum("bsc,hvc->bshv", c_kv_BSC, w_uv_HVC.to(c_kv_BSC.dtype))
     logits = torch.einsum("blhn,bshn->bhls", at_least_fp32(q_nope_BLHN), at_least_fp32(k_nope_BSHN))
     logits = logits + torch.einsum("blhr,bsr->bhls", at_least_fp32(q_pe_BLHR), at_least_fp32(k_pe_BSR))
     allowed = candidates_BLS[:, None]

@@ -85,6 +85,32 @@ class LatentCache(Cache):
         """Slots in use, pads included."""
         return self.layers[layer_idx].get_seq_length()
 
+    def check(self, config: DeepseekV32Config, batch: int) -> None:
+        """Refuse to go on for another model or batch.
+
+        Raises:
+            ValueError: layers, widths or batch rows that do not match.
+        """
+        if len(self.layers) != config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values has {len(self.layers)} layers; the model has {config.num_hidden_layers}."
+            )
+        widths = (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim)
+        for name, width in zip(LatentLayer.fields, widths, strict=True):
+            held = getattr(self.layers[0], name)
+            if held is not None and tuple(held.shape[::2]) != (batch, width):
+                raise ValueError(
+                    f"past_key_values holds {name} of shape {tuple(held.shape)}; it must be [{batch}, slots, {width}]."
+                )
+
+    def keep_first(self, slots: int) -> None:
+        """Cut every layer back to its first `slots` slots, after a forward that did not end."""
+        for layer in self.layers:
+            if slots == 0:
+                layer.reset()
+            else:
+                layer.apply(lambda x: x[:, :slots])
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
@@ -110,8 +136,7 @@ class LatentCache(Cache):
         if keep <= 0:
             self.reset()
             return
-        for layer in self.layers:
-            layer.apply(lambda x: x[:, :keep])
+        self.keep_first(keep)
         self.layout = self.layout.first_slots(keep)
 
     def _rows(self, fn: Any) -> None:

@@ -73,16 +73,33 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(
                     f"Checkpoint file {path} ends within its header: it is truncated or no safetensors file."
                 )
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
     except FileNotFoundError as error:
         raise ValueError(f"Checkpoint file {path} is missing.") from error
     except (OSError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"Checkpoint file {path} is not a safetensors file: its header cannot be read.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"Checkpoint file {path} is not a safetensors file: its header is no JSON object.")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ValueError(f"Checkpoint file {path} is damaged: its header does not describe tensor {name!r}.")
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
         if 8 + length + entry["data_offsets"][1] > size:
             raise ValueError(f"Checkpoint file {path} is truncated: tensor {name!r} ends after the end of the file.")
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and all(
+            isinstance(numbers := entry.get(key), list) and all(isinstance(n, int) and n >= 0 for n in numbers)
+            for key in ("shape", "data_offsets")
+        )
+        and len(entry["data_offsets"]) == 2
+    )
 
 
 def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: DeepseekV32Config | None = None) -> None:
@@ -99,7 +116,7 @@ def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: De
         return
     if config is None and not (directory / "config.json").is_file():
         raise ValueError(f"{directory} is not a checkpoint: it has no config.json.")
-    config = config or DeepseekV32Config.from_pretrained(directory)
+    config = config or _read_config(directory)
     with torch.device("meta"):
         expected = official_shapes(model_class(config).state_dict())
     if config.tie_word_embeddings:
@@ -124,14 +141,27 @@ def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: De
             raise ValueError(f"Checkpoint {directory} holds tensor {name!r}, which this model does not have.")
 
 
+def _read_config(directory: Path) -> DeepseekV32Config:
+    path = directory / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Checkpoint config {path} is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"Checkpoint config {path} holds no JSON object.")
+    return DeepseekV32Config.from_pretrained(directory)
+
+
 def _held_tensors(directory: Path) -> dict[str, dict[str, Any]]:
     index = directory / INDEX_FILE
     if not index.is_file():
         return read_header(directory / SINGLE_FILE)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"Checkpoint index {index} cannot be read: it must be JSON with a weight_map.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"Checkpoint index {index} is damaged: its weight_map must give a file name for each tensor.")
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     held = {}
     for name, file in weight_map.items():

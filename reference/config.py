@@ -7,10 +7,13 @@ misspelt field as an attribute that nothing reads.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from typing import Any, ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import (
     DeepseekV32Config as UpstreamDeepseekV32Config,
@@ -80,6 +83,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _errors_as_sentences(cls: type[Any]) -> type[Any]:
+    """Values of a wrong type, in a call or an assignment, raise ValueError like everything else that is refused."""
+
+    def guard(own: Callable[..., None]) -> Callable[..., None]:
+        @wraps(own)
+        def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+            try:
+                own(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(f"DeepseekV32Config: {' '.join(str(error).split())}") from error
+
+        return guarded
+
+    for method in ("__init__", "__setattr__"):
+        setattr(cls, method, guard(getattr(cls, method)))
+    return cls
+
+
+@_errors_as_sentences
 @strict
 class DeepseekV32Config(UpstreamDeepseekV32Config):
     """Sizes, training switches and precisions of one DeepSeek V3.2 model.

@@ -102,11 +102,11 @@ class Decisions:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a decision tape: {error}.") from error
         names = ("topk_indices", "expert_indices")
+        layers = metadata.get("layers", "")
+        if not layers.isdecimal():
+            raise ValueError(f"{path} is not a decision tape: its number of layers is {layers!r}.")
         return Decisions(
-            tuple(
-                LayerDecisions(*(held.get(f"layers.{i}.{name}") for name in names))
-                for i in range(int(metadata["layers"]))
-            )
+            tuple(LayerDecisions(*(held.get(f"layers.{i}.{name}") for name in names)) for i in range(int(layers)))
         )
 
 
@@ -126,7 +126,8 @@ def check_topk_replay(relative_BLK: torch.Tensor, visible_BL: torch.Tensor, laye
     if relative_BLK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {relative_BLK.dtype}; it must be int32 or int64.")
     real = (visible_BL > 0)[..., None]
-    ascending = (relative_BLK[..., 1:] > relative_BLK[..., :-1]) | (relative_BLK[..., 1:] == -1)
+    before, after = relative_BLK[..., :-1], relative_BLK[..., 1:]
+    ascending = ((after > before) & (before >= 0)) | (after == -1)
     in_range = (relative_BLK >= -1) & (relative_BLK < visible_BL[..., None])
     if bool((~(in_range | ~real)).any()):
         raise ValueError(f"{name} holds an index outside its row's document, or after its row's own position.")

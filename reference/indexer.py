@@ -8,12 +8,11 @@ dim, R rope lanes (they come first in E), K selected keys.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .config import DeepseekV32Config
 from .fp8 import fp8_round_trip, hadamard_rotate
-from .precision import at_least_fp32, without_autocast
+from .precision import at_least_fp32, call_in_dtype_of, without_autocast
 from .rope import rotate_half_split, rotate_interleaved
 
 K_NORM_EPS = 1e-6
@@ -43,22 +42,16 @@ class LightningIndexer(nn.Module):
     def keys(self, x_BLM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`k_BLE`: LayerNorm(wk x) in at least fp32, then RoPE. This is what the cache holds (before Hadamard)."""
         k = self.wk(x_BLM)
-        norm = self.k_norm
-        wide = at_least_fp32(k)
-        normed = F.layer_norm(wide, (self.head_dim,), norm.weight.to(wide.dtype), norm.bias.to(wide.dtype), norm.eps)
-        return self._turn(normed.to(k.dtype), cos, sin)
+        return self._turn(_in_wide_precision(k, self.k_norm).to(k.dtype), cos, sin)
 
     def queries(self, q_latent_BLQ: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`q_BLJE` from the normalised q latent, rope lanes first."""
         q = self.wq_b(q_latent_BLQ).unflatten(-1, (self.n_heads, self.head_dim))
         return self._turn(q, cos[..., None, :], sin[..., None, :])
 
-    @without_autocast
     def head_weights(self, x_BLM: torch.Tensor) -> torch.Tensor:
         """`w_BLJ` in at least fp32 (input and weight upcast), times J^(-1/2) · E^(-1/2). It may be negative."""
-        x = at_least_fp32(x_BLM)
-        weights = F.linear(x, self.weights_proj.weight.to(x.dtype))
-        return weights * (self.n_heads**-0.5 * self.head_dim**-0.5)
+        return _in_wide_precision(x_BLM, self.weights_proj) * (self.n_heads**-0.5 * self.head_dim**-0.5)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """q or k as the scoring reads it: unchanged, or Hadamard-rotated bf16 through FP8 (`indexer_precision`).
@@ -68,6 +61,11 @@ class LightningIndexer(nn.Module):
         if not self.fp8:
             return x
         return fp8_round_trip(hadamard_rotate(x.to(torch.bfloat16))).to(x.dtype)
+
+
+@without_autocast
+def _in_wide_precision(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    return call_in_dtype_of(at_least_fp32(x), module)
 
 
 @without_autocast

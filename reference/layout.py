@@ -123,7 +123,10 @@ def build_layout(
     previous = torch.cat((last_real.new_full((batch, 1), -1), last_real[:, :-1]), 1)
     follows = position_BS == position_BS.gather(1, previous.clamp_min(0)) + 1
     begins_BS = real_BS & ((previous < 0) | ~follows)
-    new_BL = begins_BS[:, cached:] | (starts_BL & real_BL)
+    # Where a document of cu_seq_lens begins with padding, its first real token is the start.
+    section_BL = starts_BL.long().cumsum(1)
+    other_section = section_BL != section_BL.gather(1, (previous[:, cached:] - cached).clamp_min(0))
+    new_BL = begins_BS[:, cached:] | (other_section & real_BL)
     if past is None:
         document_BS = new_BL.long().cumsum(1) - 1
     else:
@@ -179,6 +182,8 @@ def _document_starts(
         raise ValueError(
             f"cu_seq_lens_q needs a flattened batch of one and an empty cache; batch is {batch}, cache {cached}."
         )
+    if cu_seq_lens.is_floating_point() or cu_seq_lens.dtype == torch.bool:
+        raise ValueError(f"cu_seq_lens_q is {cu_seq_lens.dtype}; it must be of an integer dtype.")
     edges = cu_seq_lens.to(device).long()
     rising = edges.dim() == 1 and len(edges) >= 2 and bool((edges.diff() > 0).all())
     if not rising or int(edges[0]) != 0 or int(edges[-1]) != length:
@@ -205,6 +210,8 @@ def _checked_positions(position_ids: torch.Tensor, batch: int, length: int, real
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; it must be [{batch}, {length}] or [1, {length}]."
         )
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids is {position_ids.dtype}; it must be of an integer dtype.")
     position_ids = position_ids.to(real_BL.device).long().expand(batch, -1)
     if bool(((position_ids < 0) & real_BL).any()):
         raise ValueError("position_ids holds a negative position for a real token; positions count from 0.")

@@ -161,7 +161,10 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         if decisions is not None and len(decisions) != len(self.layers):
             raise ValueError(f"decisions holds {len(decisions)} layers; the model has {len(self.layers)}.")
-        past = cache.layout if cache is not None else None
+        past = None
+        if cache is not None:
+            cache.check(self.config, x_BLM.shape[0])
+            past = cache.layout
         layout = build_layout(
             x_BLM.shape[0], x_BLM.shape[1], x_BLM.device,
             attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q, past=past,
@@ -172,11 +175,17 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
 
         hidden = [x_BLM]
         answers: list[tuple[torch.Tensor | None, ...]] = []
-        for i, layer in enumerate(self.layers):
-            replay = decisions[i] if decisions is not None else None
-            x_BLM, *answer = layer(x_BLM, layout, rotary, ask, replay, past_key_values=cache)
-            hidden.append(x_BLM)
-            answers.append(tuple(answer))
+        try:
+            for i, layer in enumerate(self.layers):
+                replay = decisions[i] if decisions is not None else None
+                x_BLM, *answer = layer(x_BLM, layout, rotary, ask, replay, past_key_values=cache)
+                hidden.append(x_BLM)
+                answers.append(tuple(answer))
+        except BaseException:
+            # A forward that is refused, or interrupted, must not leave half its tokens in the cache.
+            if cache is not None:
+                cache.keep_first(past.num_slots if past is not None else 0)
+            raise
         x_BLM = self.norm(x_BLM)
         if cache is not None:
             cache.layout = layout

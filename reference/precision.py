@@ -9,6 +9,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import nn
+from torch.func import functional_call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,6 +19,16 @@ T = TypeVar("T")
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32, or unchanged when it is fp64 already."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def call_in_dtype_of(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """`module(x)` with its parameters cast to x's dtype; adapters and hooks on the module stay in force."""
+    parameters = dict(module.named_parameters())
+    if all(p.dtype == x.dtype for p in parameters.values()):
+        out: torch.Tensor = module(x)
+        return out
+    cast: torch.Tensor = functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
+    return cast
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:

@@ -38,10 +38,15 @@ class Answer:
 
 
 class Oracle:
-    """The reference in fp64 on one case: the tape, and what everything is measured against."""
+    """The reference in fp64 on one case: the tape, and what everything is measured against.
 
-    def __init__(self, case: Case, state: State, device: torch.device) -> None:
-        self.case, self.state, self.device = case, state, device
+    It holds the weights as rounded to the subject's dtype, so that what is compared is arithmetic: rounding of the
+    weights is an error that all models share, and it would be most of a bf16 budget.
+    """
+
+    def __init__(self, case: Case, state: State, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.case, self.device = case, device
+        self.state = {n: t if n.endswith("e_score_correction_bias") else t.to(dtype).float() for n, t in state.items()}
 
     @cached_property
     def model(self) -> nn.Module:

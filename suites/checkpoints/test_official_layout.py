@@ -79,9 +79,20 @@ def test_files_hold_the_official_names_one_tensor_an_expert(sound):
     for i in range(3):
         layer = f"model.layers.{i}"
         names |= {f"{layer}.{norm}_layernorm.weight" for norm in ("input", "post_attention")}
-        attention = ("q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj")
+        attention = (
+            "q_a_proj",
+            "q_a_layernorm",
+            "q_b_proj",
+            "kv_a_proj_with_mqa",
+            "kv_a_layernorm",
+            "kv_b_proj",
+            "o_proj",
+        )
         names |= {f"{layer}.self_attn.{leaf}.weight" for leaf in attention}
-        names |= {f"{layer}.self_attn.indexer.{leaf}" for leaf in ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")}  # fmt: skip
+        names |= {
+            f"{layer}.self_attn.indexer.{leaf}"
+            for leaf in ("wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")
+        }
         ffns = ["mlp"] if i == 0 else ["mlp.shared_experts", *(f"mlp.experts.{e}" for e in range(8))]
         names |= {f"{layer}.{ffn}.{leaf}_proj.weight" for ffn in ffns for leaf in ("gate", "up", "down")}
         if i > 0:
@@ -212,8 +223,14 @@ def test_loading_info_comes_back_only_when_it_is_asked_for(sound):
 
 @both_models
 @pytest.mark.parametrize(
-    "name", [EXPERT, "lm_head.weight", "model.layers.2.self_attn.indexer.k_norm.bias", "model.layers.1.mlp.gate.e_score_correction_bias"]
-)  # fmt: skip
+    "name",
+    [
+        EXPERT,
+        "lm_head.weight",
+        "model.layers.2.self_attn.indexer.k_norm.bias",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+    ],
+)
 def test_a_missing_tensor_is_named(model_class, copy, name):
     edit(copy, lambda tensors: tensors.pop(name))
     assert_refused(copy, rf"lacks tensor '{re.escape(name)}' of shape \[", model_class)
@@ -261,7 +278,12 @@ def test_a_quantised_tensor_is_named(model_class, copy, dtype, stored):
 @both_models
 def test_an_official_fp8_checkpoint_is_refused_by_a_tensors_name(model_class, copy):
     name = "model.layers.0.self_attn.q_a_proj.weight"
-    edit(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}))  # fmt: skip
+    edit(
+        copy,
+        lambda tensors: tensors.update(
+            {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        ),
+    )
     assert_refused(copy, f"tensor '{re.escape(name)}' is stored as F8_E4M3", model_class)
 
 
@@ -279,7 +301,9 @@ def test_a_file_cut_within_its_tensors_names_the_first_that_is_cut(model_class, 
 @pytest.mark.parametrize("left", [0, 7, 8, 1000], ids=["empty", "no length", "no header", "in its header"])
 def test_a_file_cut_before_its_tensors_is_named(model_class, copy, left):
     (copy / FILE).write_bytes((copy / FILE).read_bytes()[:left])
-    assert_refused(copy, "Checkpoint file .*model.safetensors (ends within its header|is not a safetensors file)", model_class)
+    assert_refused(
+        copy, "Checkpoint file .*model.safetensors (ends within its header|is not a safetensors file)", model_class
+    )
 
 
 @pytest.mark.parametrize(

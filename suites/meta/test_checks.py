@@ -130,7 +130,13 @@ def test_a_quiet_row_is_judged_against_a_share_of_the_whole():
 
 @pytest.mark.parametrize(
     "actual",
-    [torch.zeros(4, 5), torch.zeros(5), torch.zeros(1, 5, 4), torch.full((5, 4), math.nan), torch.full((5, 4), math.inf)],
+    [
+        torch.zeros(4, 5),
+        torch.zeros(5),
+        torch.zeros(1, 5, 4),
+        torch.full((5, 4), math.nan),
+        torch.full((5, 4), math.inf),
+    ],
     ids=["transposed", "flat", "one axis more", "NaN", "infinite"],
 )
 def test_what_cannot_be_compared_is_infinitely_wrong(actual):

@@ -85,9 +85,9 @@ def shared_oracles():
     held = {}
     fresh = runner.Oracle
 
-    def oracle(case, state, device):
+    def oracle(case, *others):
         key = (case.name, case.config.use_sparse_attention, case.seed)
-        return held.setdefault(key, fresh(case, state, device))
+        return held.setdefault(key, fresh(case, *others))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "Oracle", oracle)

@@ -98,7 +98,9 @@ PACKED = (7, 30, 21)
 
 @both_models
 @both_modes
-@pytest.mark.parametrize("sizes", [[20, 38], [7, 30, 21], [36, 2, 20], [3, *[1] * 55]], ids=["inside", "at ends", "odd", "one"])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes", [[20, 38], [7, 30, 21], [36, 2, 20], [3, *[1] * 55]], ids=["inside", "at ends", "odd", "one"]
+)
 def test_packed_documents_stay_apart_in_a_cache(model_class, sparse, sizes):
     model = build(model_class, use_sparse_attention=sparse)
     documents = [text(n, seed) for seed, n in enumerate(PACKED)]

@@ -45,9 +45,8 @@ def test_a_misspelt_attribute_is_refused_when_a_model_is_built(model_class):
 )
 def test_a_value_assigned_later_is_checked_when_a_model_is_built(model_class, name, value, sentence):
     config = tiny()
+    setattr(config, name, value)
     with pytest.raises(ValueError, match=sentence):
-        # transformers' own strictness may refuse the assignment already.
-        setattr(config, name, value)
         model_class(config)
 
 
@@ -91,8 +90,14 @@ def test_a_value_that_no_model_can_have_is_refused_in_one_sentence(field, value,
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("use_sparse_attention", "yes"), ("detach_indexer_input", 1), ("hidden_size", 64.0), ("index_topk", True), ("q_lora_rank", None)],
-)  # fmt: skip
+    [
+        ("use_sparse_attention", "yes"),
+        ("detach_indexer_input", 1),
+        ("hidden_size", 64.0),
+        ("index_topk", True),
+        ("q_lora_rank", None),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused(field, value):
     # The sentence may be transformers' own; the class must be ValueError's, and the field be named.
     with pytest.raises(ValueError, match=field):
@@ -230,8 +235,8 @@ def test_a_published_config_with_a_quantisation_is_read(tmp_path):
     assert DeepseekV32Config.from_pretrained(tmp_path).index_topk == 16
 
 
-# hidden, dense FFN | layers (dense) | heads | q, kv lora | nope, rope, v | indexer heads, dim | k | experts (top), width
-# | groups (kept)
+# Columns: hidden and dense FFN, layers and the dense ones, heads, q and kv lora, nope rope v, indexer heads and dim,
+# k, experts with their top and width, groups and those kept.
 TABLE = {
     "tiny": (64, 128, 3, 1, 4, 48, 32, 16, 16, 24, 16, 32, 16, 8, 2, 32, 4, 2),
     "bench": (256, 512, 4, 1, 8, 128, 64, 32, 16, 32, 4, 32, 256, 8, 2, 128, 2, 1),
@@ -308,7 +313,10 @@ def test_the_report_counts_each_group_and_who_trains(v32):
     assert counts["norms"] == (61 * (1536 + 512 + 2 * 7168) + 7168, 0)
     assert counts["gate"] == (58 * 256 * 7168, 0)
     assert counts["experts"] == (58 * 256 * 3 * 7168 * 2048, 0)
-    assert counts[parameter_group("model.layers.0.mlp.up_proj.weight")] == (58 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432, 0)
+    assert counts[parameter_group("model.layers.0.mlp.up_proj.weight")] == (
+        58 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432,
+        0,
+    )
 
 
 def test_freezing_the_indexer_leaves_all_else_trainable(v32):

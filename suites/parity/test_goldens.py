@@ -210,7 +210,9 @@ def test_casting_a_model_leaves_its_table_in_fp32(model_class, dtype):
 
 
 @both_models
-@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)]
+)
 def test_casting_a_model_does_not_round_its_router_bias(model_class, dtype, kept):
     model = build(model_class, torch.float32)
     gate = model.model.layers[1].mlp.gate
@@ -231,10 +233,8 @@ def test_interleaved_and_half_split_turn_different_pairs():
 @both_models
 @both_modes
 def test_the_indexers_layout_of_rope_changes_its_scores(model_class, sparse):
-    half, interleaved = (
-        build(model_class, use_sparse_attention=sparse, indexer_rope_interleaved=flag)(text(L), output_indexer_scores="visible")
-        for flag in (False, True)
-    )  # fmt: skip
+    models = [build(model_class, use_sparse_attention=sparse, indexer_rope_interleaved=flag) for flag in (False, True)]
+    half, interleaved = (model(text(L), output_indexer_scores="visible") for model in models)
     a, b = half.indexer_scores[0], interleaved.indexer_scores[0]
     seen = a.isfinite()
     # Position 0 is not turned at all.

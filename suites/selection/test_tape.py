@@ -64,7 +64,11 @@ def test_a_tape_has_the_shapes_of_the_contract(model_class, sparse):
     assert [None if d.topk_indices is None else tuple(d.topk_indices.shape) for d in tape] == (
         [(2, L, 16)] * 3 if sparse else [None] * 3
     )
-    assert [None if d.expert_indices is None else tuple(d.expert_indices.shape) for d in tape] == [None, (2, L, 2), (2, L, 2)]  # fmt: skip
+    assert [None if d.expert_indices is None else tuple(d.expert_indices.shape) for d in tape] == [
+        None,
+        (2, L, 2),
+        (2, L, 2),
+    ]
     assert {x.dtype for x in tensors(tape) if x is not None} == {torch.int32}
 
 
@@ -80,7 +84,7 @@ def test_keys_ascend_and_unused_places_hold_minus_one_at_the_tail(model_class):
         count = min(t + 1, 16)
         assert row[count:] == [-1] * (16 - count)
         assert row[:count] == sorted(set(row[:count]))
-        assert 0 <= row[0] and row[count - 1] <= t
+        assert row[0] >= 0 and row[count - 1] <= t
 
 
 @both_models

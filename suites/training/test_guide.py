@@ -105,7 +105,9 @@ def test_frozen_indexer_from_a_checkpoint(package, capsys):
     model = left["model"]
     assert_same(model(text(L)).logits, saved(text(L)).logits, 0)
     model(text(L), labels=text(L)).loss.backward()
-    assert {n for n, p in model.named_parameters() if p.grad is None} == {n for n, _ in model.named_parameters() if is_indexer(n)}  # fmt: skip
+    assert {n for n, p in model.named_parameters() if p.grad is None} == {
+        n for n, _ in model.named_parameters() if is_indexer(n)
+    }
 
 
 LOAD_FOR_SFT = """

@@ -230,7 +230,9 @@ def test_the_models_gradient_is_that_of_its_scores_and_targets(model_class, spar
     out = model(**padded_batch(), **ANSWERS)
     helper = compute_indexer_kl_loss(out.indexer_scores, out.indexer_kl_targets)
     parameters = [p for n, p in model.named_parameters() if is_indexer(n)]
-    for ours, theirs in zip(*(torch.autograd.grad(x, parameters, retain_graph=True) for x in (out.indexer_kl_loss, helper)), strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x, parameters, retain_graph=True) for x in (out.indexer_kl_loss, helper)), strict=True
+    ):
         assert_same(ours, theirs)
 
 
@@ -338,7 +340,12 @@ def test_attached_the_kl_reaches_what_the_indexer_reads_but_never_p(model_class,
     last = "model.layers.2."
     # In the last layer only p depends on these.
     only_p = {f"{last}self_attn.{n}.weight" for n in ("q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj")}
-    behind = {"model.norm.weight", "lm_head.weight", f"{last}self_attn.o_proj.weight", f"{last}post_attention_layernorm.weight"}  # fmt: skip
+    behind = {
+        "model.norm.weight",
+        "lm_head.weight",
+        f"{last}self_attn.o_proj.weight",
+        f"{last}post_attention_layernorm.weight",
+    }
     behind |= {n for n in found if n.startswith(f"{last}mlp.")}
     assert {n for n, g in found.items() if g is None} == only_p | behind
     assert found["model.embed_tokens.weight"].abs().max() > 0
