@@ -62,6 +62,7 @@ def observe(
         wants["output_indexer_scores"] = "visible"
     with torch.set_grad_enabled(gradients), _RouterScores(model, scores) as router:
         out = model(**case.inputs(device), labels=case.labels.to(device), **wants)
+    _check_output(out, case, capabilities)
     lm_loss = _field(out, "lm_loss")
     lm_loss = cast(torch.Tensor, out.loss) if lm_loss is None else lm_loss
     kl_loss = _field(out, "indexer_kl_loss")
@@ -81,6 +82,21 @@ def observe(
         if kl_loss is not None:
             seen.kl_grads = _backward(kl_loss, names, parameters, keep=False)
     return seen
+
+
+def _check_output(out: Any, case: Case, capabilities: frozenset[str]) -> None:
+    """What was declared must be there, in its shape; whatever is wrong here is the model's failure."""
+    expected = (*case.input_ids.shape, case.config.vocab_size)
+    if tuple(out.logits.shape) != expected:
+        raise ValueError(f"its logits have shape {tuple(out.logits.shape)}; they must have {expected}")
+    if "indexer-kl" in capabilities and _field(out, "indexer_kl_loss") is None:
+        raise ValueError("it declares indexer-kl, but its output has no indexer_kl_loss")
+    if "tape" in capabilities:
+        tape = _field(out, "decisions")
+        if tape is None or len(tape) != case.config.num_hidden_layers:
+            raise ValueError(
+                f"it declares tape, but its output has no decisions of {case.config.num_hidden_layers} layers"
+            )
 
 
 def _field(out: Any, name: str) -> Any:

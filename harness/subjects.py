@@ -160,7 +160,7 @@ def _from_file(path: Path, name: str) -> Callable[..., Any]:
     sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--subject: {path} does not load: {type(error).__name__}: {error}.") from error
     if not callable(factory := getattr(module, name, None)):
         raise ValueError(f"--subject: {path} has no factory called {name!r}.")
@@ -193,6 +193,8 @@ def _declared(factory: Callable[..., Any], spec: str) -> Subject:
             f"--subject {spec} declares no capabilities; give the factory or its module an attribute "
             f"capabilities = frozenset({{…}}) with any of {', '.join(CAPABILITIES)}."
         )
-    if unknown := sorted(set(declared) - ALL):
+    if not isinstance(declared, (set, frozenset, list, tuple)):
+        raise ValueError(f"--subject {spec}: its capabilities are {declared!r}; they must be a set of names.")
+    if unknown := sorted(map(str, set(declared) - ALL)):
         raise ValueError(f"--subject {spec} declares {unknown[0]!r}; capabilities are {', '.join(CAPABILITIES)}.")
     return Subject(spec.rpartition(":")[2] or spec, cast(Factory, factory), frozenset(declared), spec)

@@ -12,6 +12,7 @@ import transformers
 from rich.console import Console
 
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
+from reference.checkpoint import read_config
 from reports.markdown import markdown
 from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code, write_text_atomically
 from reports.terminal import Progress, print_line, render
@@ -75,7 +76,7 @@ def plan_for(request: Request) -> Plan:
     if request.backend is not None:
         subject = with_backend(subject, request.backend)
     config, options = _config(request)
-    length = request.seq_len if request.seq_len is not None else _length(request.config, config)
+    length = request.seq_len if request.seq_len is not None else _length(request, config)
     if length < 8:
         raise ValueError(f"--seq-len is {length}; it must be 8 or more.")
     if config.vocab_size < 259:
@@ -128,15 +129,15 @@ def _config(request: Request) -> tuple[DeepseekV32Config, tuple[str, ...]]:
         return DeepseekV32Config.preset(request.config, **fields), tuple(options)
     if not request.checkpoint.is_dir():
         raise ValueError(f"--checkpoint is {str(request.checkpoint)!r}, which is not a directory.")
-    if not (request.checkpoint / "config.json").is_file():
-        raise ValueError(f"--checkpoint is {str(request.checkpoint)!r}, which has no config.json.")
     if fields:
         raise ValueError("--set cannot change the config of a --checkpoint; its weights have that shape.")
-    return DeepseekV32Config.from_pretrained(request.checkpoint), ("--checkpoint", str(request.checkpoint))
+    return read_config(request.checkpoint), ("--checkpoint", str(request.checkpoint))
 
 
-def _length(name: str, config: DeepseekV32Config) -> int:
-    return LENGTHS.get(name, math.ceil(1.25 * config.index_topk) + 16)
+def _length(request: Request, config: DeepseekV32Config) -> int:
+    # With no more than index_topk tokens every key is selected, and a wrong selection could not be told.
+    enough = math.ceil(1.25 * config.index_topk) + 16
+    return enough if request.checkpoint is not None else max(enough, LENGTHS.get(request.config, 0))
 
 
 def checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
@@ -158,9 +159,15 @@ def verify(request: Request, console: Console) -> int:
     except ValueError as error:
         print_line(Console(stderr=True), f"v32 verify: {one_sentence(error)}")
         return USAGE_ERROR
-    # A report of an earlier run in the same place must not stand beside new records.
-    (request.out / REPORT_FILE).unlink(missing_ok=True)
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        # A report of an earlier run in the same place must not stand beside new records.
+        request.out.mkdir(parents=True, exist_ok=True)
+        (request.out / REPORT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        print_line(
+            Console(stderr=True), f"v32 verify: --out is {request.out}, which cannot be a folder: {error.strerror}."
+        )
+        return USAGE_ERROR
     command = ["v32", *sys.argv[1:]] if Path(sys.argv[0]).name == "v32" else ["v32", "verify"]
     header = {
         "subject": plan.subject.name,

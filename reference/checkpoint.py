@@ -114,9 +114,7 @@ def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: De
     directory = Path(path)
     if not directory.is_dir():
         return
-    if config is None and not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} is not a checkpoint: it has no config.json.")
-    config = config or _read_config(directory)
+    config = config or read_config(directory)
     with torch.device("meta"):
         expected = official_shapes(model_class(config).state_dict())
     if config.tie_word_embeddings:
@@ -141,8 +139,15 @@ def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: De
             raise ValueError(f"Checkpoint {directory} holds tensor {name!r}, which this model does not have.")
 
 
-def _read_config(directory: Path) -> DeepseekV32Config:
+def read_config(directory: Path) -> DeepseekV32Config:
+    """The config of a local checkpoint directory.
+
+    Raises:
+        ValueError: no config.json, or one that is no JSON object, or a field that does not hold.
+    """
     path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a checkpoint: it has no config.json.")
     try:
         fields = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
@@ -142,6 +143,10 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         self.mlp_layer_types = None
         if self.num_key_value_heads in (None, type(self).num_key_value_heads):
             self.num_key_value_heads = self.num_attention_heads
+        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(
+                f"Config field dtype is {self.dtype!r}; it must be the name of a torch dtype, such as 'bfloat16'."
+            )
         # Own copy: transformers completes this dictionary in place.
         self.rope_parameters = dict(self.rope_parameters) if self.rope_parameters else None
         super().__post_init__(**kwargs)
@@ -243,6 +248,12 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         for name in ("attention_bias", "mlp_bias"):
             _require(getattr(self, name) is False, name, getattr(self, name), "False: the model has no such biases")
         _require(self.attention_dropout == 0, "attention_dropout", self.attention_dropout, "0")
+        _require(
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            self.pad_token_id,
+            f"None, or an id below vocab_size ({self.vocab_size})",
+        )
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -46,7 +46,7 @@ def judge_keys(chosen_BLK: torch.Tensor, scores_BLS: torch.Tensor, layout: Layou
     """
     visible = layout.visible_BLS()
     count = visible.sum(-1)
-    in_range = (chosen_BLK >= -1) & (chosen_BLK < count[..., None].clamp_min(1))
+    in_range = (chosen_BLK >= -1) & (chosen_BLK < count[..., None])
     ordered = chosen_BLK.sort(-1).values
     repeated = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).sum()
     usable = torch.where(in_range & (count[..., None] > 0), chosen_BLK, -1)
@@ -127,11 +127,16 @@ def keys(bench: Bench) -> Answer:
 
 def judge_experts(
     chosen_BLT: torch.Tensor, exact_BLT: torch.Tensor, gaps_BL: torch.Tensor,
-    real_BL: torch.Tensor, margin: float,
+    real_BL: torch.Tensor, margin: float, n_experts: int,
 ) -> Verdicts:  # fmt: skip
-    """Judge one layer's experts: rows whose gap exceeds the margin must have chosen the same set."""
-    same = (chosen_BLT.sort(-1).values == exact_BLT.sort(-1).values).all(-1)
-    clear = gaps_BL > margin
+    """Judge one layer's experts: rows whose gap exceeds the margin must have chosen the same set.
+
+    Experts that are repeated or unknown are wrong in any row.
+    """
+    ordered = chosen_BLT.sort(-1).values
+    same = (ordered == exact_BLT.sort(-1).values).all(-1)
+    impossible = ((ordered < 0) | (ordered >= n_experts)).any(-1) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+    clear = (gaps_BL > margin) | impossible
     return Verdicts(int((~same & clear & real_BL).sum()), int((~same & ~clear & real_BL).sum()), int(real_BL.sum()))
 
 
@@ -169,7 +174,7 @@ def experts(bench: Bench) -> Answer:
             return Answer([Measure("layers without experts", 1.0, 0.0)], [], f"layer {i} reports no experts")
         margin = MARGIN_FACTOR * float((low.double() - biased)[real].abs().max())
         gaps = expert_gaps(biased, config.n_group, config.topk_group, config.num_experts_per_tok)
-        found = judge_experts(decision.expert_indices, exact, gaps, real, margin)
+        found = judge_experts(decision.expert_indices, exact, gaps, real, margin, config.n_routed_experts)
         wrong, flips, rows = wrong + found.wrong, flips + found.flips, rows + found.rows
         first = i if found.wrong and first is None else first
         noise = torch.rand(biased.shape, generator=generator, dtype=torch.float64).to(biased)
@@ -181,7 +186,7 @@ def experts(bench: Bench) -> Answer:
         if config.topk_group == config.n_group:
             del candidates["best experts of all groups"]
         for kind, candidate in candidates.items():
-            judged = judge_experts(candidate, exact, gaps, real, margin)
+            judged = judge_experts(candidate, exact, gaps, real, margin, config.n_routed_experts)
             rejected[kind] = rejected.get(kind, False) or judged.wrong > 0
     measures = [
         Measure("wrong rows", float(wrong), 0.0, "rows"),

@@ -62,15 +62,10 @@ def lm_loss(bench: Bench) -> Answer:
 
 def kl_loss(bench: Bench) -> Answer:
     """The indexer's KL loss."""
-    seen, expected, own = (_kl(o) for o in (bench.seen, bench.expected, bench.baseline))
+    seen, expected, own = (o.kl_loss for o in (bench.seen, bench.expected, bench.baseline))
+    assert seen is not None and expected is not None and own is not None
     measure, nulls = judge_scalar(seen, expected, own, "kl loss", bench.dtype)
     return Answer([measure], nulls)
-
-
-def _kl(observation: Observation) -> torch.Tensor:
-    if observation.kl_loss is None:
-        raise ValueError("The subject declares indexer-kl, but its output has no indexer_kl_loss.")
-    return observation.kl_loss
 
 
 def gradients(output: str, pick: Callable[[Observation], Gradients]) -> Callable[[Bench], Answer]:

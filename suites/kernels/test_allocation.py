@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 MODELS = {"optimized": optimized.DeepseekV32ForCausalLM, "reference": reference.DeepseekV32ForCausalLM}
 # Its successor in transformers' next major version has another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-SHORT, LONG = 1024, 2048
+SHORT, LONG = 512, 1024
 assert SHORT >= 4 * MAX_CHUNK_ROWS
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import reference.attention
 from harness import budgets, kinks
-from harness.cases import Case, build_case, calibrated_state
+from harness.cases import build_case, calibrated_state
 from harness.checks import CHECKS, FAMILIES, Oracle
 from harness.checks.choices import (
     expert_gaps,
@@ -28,7 +28,7 @@ from harness.checks.parity import judge_tensor
 from harness.checks.training import STEPS, apart, fall
 from harness.checks.whole import MODES, differences, expected_table
 from harness.metrics import SIDES, Errors, errors, null_candidates, rejected
-from harness.runner import Plan, run, select_cases, select_checks, status_of
+from harness.runner import select_cases, status_of
 from harness.subjects import resolve_subject
 from reference import DeepseekV32Config
 from reference.layout import build_layout
@@ -178,12 +178,10 @@ def test_rejected_agrees_with_all_five_errors(scale, noise, seed):
     assert rejected(actual, expected, GENEROUS) == (not errors(actual, expected).used(GENEROUS) <= 1)
 
 
-def test_the_share_of_a_budget_is_the_largest_of_the_sides():
-    assert Errors(1.0, 2.0, 3.0, 4.0, 5.0).used(Errors(10.0, 10.0, 6.0, 10.0, 10.0)) == 0.5
-
-
-def test_the_share_of_a_budget_is_no_number_when_an_error_is_none():
-    assert math.isnan(Errors(1.0, math.nan, 3.0, 4.0, 5.0).used(GENEROUS))
+@pytest.mark.parametrize(("row", "share"), [(3.0, 0.5), (12.0, 2.0), (math.inf, math.inf), (math.nan, math.nan)])
+def test_the_share_of_a_budget_is_the_largest_of_the_sides(row, share):
+    used = Errors(1.0, 2.0, row, 4.0, 5.0).used(Errors(10.0, 10.0, 6.0, 10.0, 10.0))
+    assert used == pytest.approx(share, nan_ok=True)
 
 
 def test_every_kind_of_null_candidate_is_made_and_rejected():
@@ -204,8 +202,7 @@ def test_null_candidates_leave_the_expectation_as_it_was():
 def test_null_candidates_that_would_change_nothing_are_left_out():
     assert {kind for kind, _ in null_candidates(torch.ones(9, 4))} == {"zeros", "4 % gain", "dead channel"}
     assert {kind for kind, _ in null_candidates(torch.ones(1))} == {"zeros", "4 % gain"}
-    assert list(null_candidates(torch.zeros(3, 4))) == []
-    assert list(null_candidates(torch.zeros(0, 4))) == []
+    assert [*null_candidates(torch.zeros(3, 4)), *null_candidates(torch.zeros(0, 4))] == []
 
 
 @given(rows=st.integers(1, 9), channels=st.integers(1, 9), seed=st.integers(0, 99))
@@ -275,8 +272,7 @@ def test_a_key_within_the_margin_is_a_flip_and_beyond_it_is_wrong():
     layout, scores = rows_of(6), spread_scores(6)
     chosen = best(scores, layout, 2)
     # In the last row the best key that was not chosen takes the place of the worst that was: one apart.
-    order = scores[0, 5].argsort(descending=True)
-    chosen[0, 5] = torch.stack([order[0], order[2]]).sort().values
+    chosen[0, 5] = scores[0, 5].argsort(descending=True)[[0, 2]].sort().values
     assert judge_keys(chosen, scores, layout, 2, margin=1.5).wrong == 0
     assert judge_keys(chosen, scores, layout, 2, margin=1.5).flips == 1
     assert judge_keys(chosen, scores, layout, 2, margin=0.5).wrong > 0
@@ -434,16 +430,16 @@ def test_experts_are_judged_where_the_gap_is_clear():
     chosen = torch.tensor([[[1, 0], [0, 2], [0, 2]]])
     gaps = torch.tensor([[1.0, 0.5, 0.01]])
     real = torch.ones(1, 3, dtype=torch.bool)
-    found = judge_experts(chosen, exact, gaps, real, margin=0.1)
+    found = judge_experts(chosen, exact, gaps, real, margin=0.1, n_experts=8)
     assert (found.wrong, found.flips, found.rows) == (1, 1, 3)
     real[0, 1] = False
-    assert judge_experts(chosen, exact, gaps, real, margin=0.1).wrong == 0
+    assert judge_experts(chosen, exact, gaps, real, margin=0.1, n_experts=8).wrong == 0
 
 
 @pytest.mark.parametrize("experts", [[0, 0], [0, 99], [0, -1]], ids=["repeated", "out of range", "too few"])
 def test_experts_that_cannot_be_are_wrong_even_within_the_margin(experts):
     exact, gaps, real = torch.tensor([[[0, 1]]]), torch.tensor([[0.01]]), torch.ones(1, 1, dtype=torch.bool)
-    assert judge_experts(torch.tensor([[experts]]), exact, gaps, real, margin=0.1).wrong > 0
+    assert judge_experts(torch.tensor([[experts]]), exact, gaps, real, margin=0.1, n_experts=8).wrong > 0
 
 
 def test_the_expected_gradient_table_agrees_with_itself():
@@ -460,14 +456,12 @@ def test_every_wrong_cell_of_the_gradient_table_is_a_difference_that_names_it(mo
 
 
 def test_a_group_that_nobody_expects_is_a_difference():
-    found = expected_table()
-    found["sparse, LM"]["second head"] = "finite"
+    found = {"sparse, LM": {**expected_table()["sparse, LM"], "second head": "finite"}}
     assert len(differences(found, expected_table())) == 1
 
 
 def test_modes_that_a_subject_does_not_declare_are_no_difference():
-    found = {"sparse, LM": expected_table()["sparse, LM"]}
-    assert differences(found, expected_table()) == []
+    assert differences({"sparse, LM": expected_table()["sparse, LM"]}, expected_table()) == []
 
 
 FALLING = [6.0 - 0.1 * step for step in range(STEPS)]
@@ -537,10 +531,8 @@ def test_opening_kinks_lets_more_dot_products_through_than_shutting_them(oracle)
 
 def test_the_wider_the_margin_the_more_gradient_the_kinks_may_move(oracle):
     def moved(margin):
-        opened, shut = (
-            kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, thresholds(oracle, sign * margin))
-            for sign in (-1, 1)
-        )
+        beyond = [thresholds(oracle, sign * margin) for sign in (-1, 1)]
+        opened, shut = (kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, x) for x in beyond)
         return sum(float((opened[n] - shut[n]).norm()) for n, g in oracle.seen.kl_grads.items() if g is not None)
 
     assert 0 <= moved(1e-12) < moved(1e-2) < moved(1.0)
@@ -557,34 +549,6 @@ def test_the_reference_scores_as_before_when_kinks_have_been_looked_at(oracle):
     with pytest.raises(StopIteration):
         kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, [])
     assert reference.attention.index_scores is before
-
-
-@pytest.fixture(scope="module")
-def right_verdicts():
-    class Silent:
-        def start(self, check, case="", dtype=""):
-            pass
-
-        def done(self, verdict):
-            pass
-
-    config = DeepseekV32Config.preset("tiny")
-    plan = Plan(
-        resolve_subject("reference"), config, calibrated_state(config, SEED), SEED, 48, 1, CPU,
-        ("float32", "bfloat16"), ("text",), select_checks(["all"]),
-    )  # fmt: skip
-    return list(run(plan, Silent()))
-
-
-@pytest.mark.parametrize("name", [check.name for check in CHECKS])
-def test_every_check_names_its_null_candidates_and_rejects_them(name, right_verdicts):
-    verdicts = [v for v in right_verdicts if v.check == name]
-    assert verdicts
-    for verdict in verdicts:
-        assert verdict.nulls, (verdict.case, verdict.dtype, verdict.reason)
-        assert len({null.kind for null in verdict.nulls}) == len(verdict.nulls)
-        assert [null for null in verdict.nulls if not null.rejected] == [], (verdict.case, verdict.dtype)
-        assert any(measure.budget is not None for measure in verdict.measures)
 
 
 def test_check_names_are_unique_and_begin_with_their_family():
@@ -633,13 +597,3 @@ def test_the_luck_of_a_short_vector_is_granted_to_its_gain_alone():
     short, long = (budgets.budget("kl gradients", torch.bfloat16, own, entries) for entries in (4, 1_000_000))
     assert short.gain > long.gain
     assert [getattr(short, side) for side in SIDES[:-1]] == [getattr(long, side) for side in SIDES[:-1]]
-
-
-def test_a_case_is_the_same_for_the_same_seed_and_another_for_another():
-    def ids(seed):
-        case = build_case("text", DeepseekV32Config.preset("tiny"), seed=seed, length=32)
-        assert isinstance(case, Case)
-        return case.input_ids
-
-    assert torch.equal(ids(1), ids(1))
-    assert not torch.equal(ids(1), ids(2))

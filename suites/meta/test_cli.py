@@ -510,8 +510,3 @@ def test_an_interrupted_run_has_a_report_that_says_so(interrupted):
 
 def test_an_interrupt_is_recorded_as_such_and_not_as_an_error_of_a_check(interrupted):
     assert Status.ERROR not in {v.status for v in read_run(interrupted[0]).verdicts}
-
-
-def test_doctor_runs(here, capsys):
-    assert v32("doctor") in (0, 1, 3)
-    assert "torch" in capsys.readouterr().out

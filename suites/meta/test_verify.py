@@ -15,6 +15,7 @@ import torch
 
 from harness import runner
 from harness.cases import calibrated_state
+from harness.checks import CHECKS
 from harness.cli import main
 from harness.runner import Plan, run, select_checks
 from harness.subjects import ALL, Subject, resolve_subject
@@ -85,9 +86,9 @@ def shared_oracles():
     held = {}
     fresh = runner.Oracle
 
-    def oracle(case, *others):
-        key = (case.name, case.config.use_sparse_attention, case.seed)
-        return held.setdefault(key, fresh(case, *others))
+    def oracle(case, state, *others):
+        key = (case.name, case.config.use_sparse_attention, case.seed, *others)
+        return held.setdefault(key, fresh(case, state, *others))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "Oracle", oracle)
@@ -103,13 +104,29 @@ def test_a_right_subject_is_verified_by_every_check_but_training(name, seed):
     assert {v.family for v in verdicts} == set(families)
 
 
-@pytest.mark.parametrize("name", ["reference", "optimized"])
-def test_a_right_subject_is_verified_by_training(name):
-    verdicts = verdicts_of(resolve_subject(name), checks=["training"], length=48)
+def test_the_optimized_model_is_verified_by_training():
+    verdicts = verdicts_of(resolve_subject("optimized"), checks=["training"], length=32)
     assert [(v.check, v.status) for v in verdicts] == [
         ("training.sparse", Status.VERIFIED),
         ("training.warmup", Status.VERIFIED),
     ]
+
+
+@pytest.fixture(scope="module")
+def right_verdicts():
+    return verdicts_of(resolve_subject("reference"), seed=5, cases=("text",), length=48, dtypes=("float32", "bfloat16"))
+
+
+@pytest.mark.parametrize("name", [check.name for check in CHECKS])
+def test_every_check_names_its_null_candidates_and_rejects_them(name, right_verdicts):
+    verdicts = [v for v in right_verdicts if v.check == name]
+    assert verdicts
+    for verdict in verdicts:
+        assert verdict.status is Status.VERIFIED, (verdict.case, verdict.dtype, verdict.reason)
+        assert verdict.nulls
+        assert len({null.kind for null in verdict.nulls}) == len(verdict.nulls)
+        assert [null for null in verdict.nulls if not null.rejected] == [], (verdict.case, verdict.dtype)
+        assert any(measure.budget is not None for measure in verdict.measures)
 
 
 @pytest.mark.slow

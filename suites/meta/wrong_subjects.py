@@ -375,9 +375,9 @@ def reversed_kl(model):
 
 def _target_of(attention: Any, t: Any, scores: torch.Tensor, heads: slice) -> torch.Tensor:
     """Probabilities of `heads`, with gradient."""
-    w_uk, w_uv = attention.up_projections()
+    k_nope, v = attention.keys_and_values(t.c_kv_BSC)
     return masked_attention(
-        t.q_nope_BLHN[:, :, heads], t.q_pe_BLHR[:, :, heads], t.c_kv_BSC, t.k_pe_BSR, w_uk[heads], w_uv[heads],
+        t.q_nope_BLHN[:, :, heads], t.q_pe_BLHR[:, :, heads], k_nope[:, :, heads], v[:, :, heads], t.k_pe_BSR,
         attention.scale, scores.isfinite(),
     )[1]  # fmt: skip
 

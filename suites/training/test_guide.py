@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -143,6 +144,33 @@ def test_loading_for_sft_in_bf16_with_a_device_map(package, freeze):
     logits = model(text(L), decisions=tape).logits
     assert logits.dtype == torch.bfloat16
     assert 1e-4 < ((logits - exact).norm() / exact.norm()).item() < 0.1
+
+
+@both_packages
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_device_map_that_offloads_to_disk_computes_the_same(package, sparse):
+    # What "auto" does where memory is short. Weights then arrive with a module's forward, and only with that.
+    saved = save_checkpoint(package, "checkpoint", use_sparse_attention=sparse)
+    model = model_class(package).from_pretrained("checkpoint", device_map={"": "disk"}, offload_folder="offload")
+    assert model.model.layers[1].mlp.gate.weight.device.type == "meta"
+    with torch.no_grad():
+        expected, out = (m(text(L), output_indexer_kl_loss=True) for m in (saved, model))
+    assert_same(out.logits, expected.logits, 1e-5)
+    assert_same(out.indexer_kl_loss, expected.indexer_kl_loss, 1e-5)
+
+
+@both_packages
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_a_bf16_model_that_is_offloaded_computes_the_same(package, sparse):
+    # Offloading to the CPU, unlike to the disk, keeps each weight's dtype: the keys' norm stays in fp32.
+    save_checkpoint(package, "checkpoint", use_sparse_attention=sparse)
+    model = model_class(package).from_pretrained("checkpoint", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(text(L), output_indexer_kl_loss=True)
+        out = cpu_offload(model, torch.device("cpu"))(text(L), output_indexer_kl_loss=True)
+    assert model.model.layers[1].mlp.gate.weight.device.type == "meta"
+    assert_same(out.logits, expected.logits, 1e-5)
+    assert_same(out.indexer_kl_loss, expected.indexer_kl_loss, 1e-5)
 
 
 DENSE_FROM_CHECKPOINT = """

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from reference import DeepseekV32ForCausalLM, compute_indexer_kl_loss, kl_rows
+from reference import DeepseekV32ForCausalLM, LatentCache, compute_indexer_kl_loss, kl_rows
 from reference.attention import Ask
 from reference.training import is_indexer
 from suites.support import assert_same, both_models, both_modes, build, text
@@ -275,10 +275,10 @@ def test_targets_are_the_heads_probabilities_summed_and_normalised(model_class, 
     x = plain.model.layers[0].input_layernorm(plain.model.embed_tokens(text(L)))
     rotary = plain.model.rotary_emb(torch.arange(L)[None], torch.float64)
     t = projections.project(x, rotary, None, Ask())
-    w_uk, _ = projections.up_projections()
+    k_nope, _ = projections.keys_and_values(t.c_kv_BSC)
     inside = out.indexer_scores[0][0].isfinite()
     for h in range(4):
-        k = torch.cat((t.c_kv_BSC[0] @ w_uk[h].T, t.k_pe_BSR[0]), -1)
+        k = torch.cat((k_nope[0, :, h], t.k_pe_BSR[0]), -1)
         q = torch.cat((t.q_nope_BLHN[0, :, h], t.q_pe_BLHR[0, :, h]), -1)
         heads.append((q @ k.T * projections.scale).masked_fill(~inside, -INF).softmax(-1))
     assert_same(out.indexer_kl_targets[0][0], sum(heads) / 4)
@@ -321,6 +321,22 @@ def test_the_language_models_loss_never_reaches_the_indexer(model_class, sparse)
     model, ids = build(model_class, use_sparse_attention=sparse), text(L)
     found = gradients(model, model(ids, labels=ids, output_indexer_kl_loss=True).lm_loss)
     assert {n for n, g in found.items() if g is None} == {n for n in found if is_indexer(n)}
+
+
+@both_models
+@pytest.mark.parametrize(
+    ("asked", "calls"),
+    [({}, []), ({"output_indexer_kl_target": True}, []), ({"use_cache": True}, ["wk"]),
+     ({"output_indexer_kl_loss": True}, ["wk", "wq_b"]), ({"output_indexer_scores": True}, ["wk", "wq_b"])],
+    ids=["nothing", "target", "cache", "loss", "scores"],
+)  # fmt: skip
+def test_dense_mode_computes_no_more_of_the_indexer_than_is_asked_for(model_class, asked, calls):
+    model, seen = build(model_class, use_sparse_attention=False), []
+    for name in ("wk", "wq_b"):
+        module = model.model.layers[1].self_attn.indexer.get_submodule(name)
+        module.register_forward_hook(lambda *call, name=name: seen.append(name))
+    model(text(L), **{"use_cache": False, **asked})
+    assert sorted(seen) == calls
 
 
 @both_models
@@ -412,6 +428,18 @@ def test_gradient_checkpointing_gives_equal_gradients_kl_included(model_class, s
     assert_same(other_loss, loss, 1e-13)
     for name, expected in plain.items():
         assert_same(checkpointed[name], expected, 1e-13)
+
+
+@both_models
+def test_checkpointing_in_training_fills_no_cache(model_class):
+    # The way back runs each layer a second time, which would append every key twice.
+    model = build(model_class).train()
+    model.gradient_checkpointing_enable()
+    cache = LatentCache(model.config)
+    out = model(text(L), labels=text(L), past_key_values=cache, use_cache=True)
+    out.loss.backward()
+    assert out.past_key_values is None
+    assert cache.get_seq_length() == 0
 
 
 @both_models
