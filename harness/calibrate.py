@@ -67,6 +67,7 @@ def main(
     checks: Annotated[str, typer.Option(help="Families or checks.")] = "all",
 ) -> None:
     """Print the largest share of each budget that the subject uses, and every verdict that is not `verified`."""
+    torch.set_num_threads(1)
     console = Console()
     shares, others = used_budgets(subject, range(seeds), checks)
     table = Table("check", "dtype", "measure", "largest share used", box=None)

@@ -134,7 +134,7 @@ class _RouterScores:
     def _hook(self, layer_idx: int, gate: Gate) -> Any:
         def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             with torch.no_grad():
-                scores = gate.scores(args[0].flatten(0, 1))
+                scores = gate(args[0].flatten(0, 1))
                 biased = scores + gate.e_score_correction_bias.to(scores.dtype)
             self.scores[layer_idx] = biased.unflatten(0, args[0].shape[:2])
 

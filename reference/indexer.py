@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import DeepseekV32Config
 from .fp8 import fp8_round_trip, hadamard_rotate
-from .precision import at_least_fp32, call_in_dtype_of, without_autocast
+from .precision import WideLayerNorm, WideLinear, at_least_fp32, without_autocast
 from .rope import rotate_half_split, rotate_interleaved
 
 K_NORM_EPS = 1e-6
@@ -32,8 +32,8 @@ class LightningIndexer(nn.Module):
         self.rotate = rotate_interleaved if config.indexer_rope_interleaved else rotate_half_split
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=K_NORM_EPS)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+        self.k_norm = WideLayerNorm(self.head_dim, eps=K_NORM_EPS)
+        self.weights_proj = WideLinear(config.hidden_size, self.n_heads, bias=False)
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         pe, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
@@ -42,7 +42,7 @@ class LightningIndexer(nn.Module):
     def keys(self, x_BLM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`k_BLE`: LayerNorm(wk x) in at least fp32, then RoPE. This is what the cache holds (before Hadamard)."""
         k = self.wk(x_BLM)
-        return self._turn(_in_wide_precision(k, self.k_norm).to(k.dtype), cos, sin)
+        return self._turn(self.k_norm(k).to(k.dtype), cos, sin)
 
     def queries(self, q_latent_BLQ: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`q_BLJE` from the normalised q latent, rope lanes first."""
@@ -51,7 +51,7 @@ class LightningIndexer(nn.Module):
 
     def head_weights(self, x_BLM: torch.Tensor) -> torch.Tensor:
         """`w_BLJ` in at least fp32 (input and weight upcast), times J^(-1/2) · E^(-1/2). It may be negative."""
-        return _in_wide_precision(x_BLM, self.weights_proj) * (self.n_heads**-0.5 * self.head_dim**-0.5)
+        return self.weights_proj(x_BLM) * (self.n_heads**-0.5 * self.head_dim**-0.5)
 
     def quantized(self, x: torch.Tensor) -> torch.Tensor:
         """q or k as the scoring reads it: unchanged, or Hadamard-rotated bf16 through FP8 (`indexer_precision`).
@@ -61,11 +61,6 @@ class LightningIndexer(nn.Module):
         if not self.fp8:
             return x
         return fp8_round_trip(hadamard_rotate(x.to(torch.bfloat16))).to(x.dtype)
-
-
-@without_autocast
-def _in_wide_precision(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    return call_in_dtype_of(at_least_fp32(x), module)
 
 
 @without_autocast

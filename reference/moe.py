@@ -78,7 +78,7 @@ class Gate(nn.Module):
         return self
 
     @without_autocast
-    def scores(self, x_NM: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_NM: torch.Tensor) -> torch.Tensor:
         """`s_NX` = sigmoid(x·Wᵀ) in at least fp32, both operands cast."""
         x = at_least_fp32(x_NM)
         return F.linear(x, self.weight.to(x.dtype)).sigmoid()
@@ -149,7 +149,7 @@ class MoE(nn.Module):
         `replayed_BLT` replaces the choice in real rows; the weights always come from the model's own scores.
         """
         x_NM = x_BLM.flatten(0, 1)
-        scores_NX = self.gate.scores(x_NM)
+        scores_NX = self.gate(x_NM)
         own_NT = self.gate.choose(scores_NX)
         real_N1 = real_BL.flatten()[:, None]
         used_NT = own_NT if replayed_BLT is None else torch.where(real_N1, replayed_BLT.flatten(0, 1), own_NT)

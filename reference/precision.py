@@ -9,8 +9,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,16 +19,6 @@ T = TypeVar("T")
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """`x` in fp32, or unchanged when it is fp64 already."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def call_in_dtype_of(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """`module(x)` with its parameters cast to x's dtype; adapters and hooks on the module stay in force."""
-    parameters = dict(module.named_parameters())
-    if all(p.dtype == x.dtype for p in parameters.values()):
-        out: torch.Tensor = module(x)
-        return out
-    cast: torch.Tensor = functional_call(module, {name: p.to(x.dtype) for name, p in parameters.items()}, (x,))
-    return cast
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
@@ -47,3 +37,27 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+class WideLinear(nn.Linear):
+    """A linear layer without bias that computes and answers in at least fp32, whatever dtype it is stored in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[*, out]` in at least fp32."""
+        return wide_linear(x, self.weight)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    """A layer norm that computes and answers in at least fp32, whatever dtype it is stored in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape of `x`, in at least fp32."""
+        x = at_least_fp32(x)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+@without_autocast
+def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x·Wᵀ in at least fp32, both operands cast."""
+    x = at_least_fp32(x)
+    return F.linear(x, weight.to(x.dtype))

@@ -86,7 +86,7 @@ def refused(capsys, *words):
         (["--set", "n_group=3"], "n_group is 3; it must be a divisor of n_routed_experts (8)"),
         (["--set", "num_hidden_layers=0"], "num_hidden_layers is 0"),
         (["--set", "qk_rope_head_dim=15"], "qk_rope_head_dim is 15"),
-        (["--set", "vocab_size=100"], "vocab_size is 100"),
+        (["--set", "vocab_size=100"], "vocab_size"),
         (["--set", "scoring_func=softmax"], "scoring_func"),
         (["--checks", "speed"], "'speed'; families are all, finite"),
         (["--checks", ","], "--checks"),

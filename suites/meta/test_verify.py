@@ -105,11 +105,19 @@ def test_a_right_subject_is_verified_by_every_check_but_training(name, seed):
 
 
 def test_the_optimized_model_is_verified_by_training():
-    verdicts = verdicts_of(resolve_subject("optimized"), checks=["training"], length=32)
+    verdicts = verdicts_of(resolve_subject("optimized"), checks=["training"], length=48)
     assert [(v.check, v.status) for v in verdicts] == [
         ("training.sparse", Status.VERIFIED),
         ("training.warmup", Status.VERIFIED),
     ]
+
+
+@pytest.mark.parametrize("length", [32, 64])
+def test_the_warm_up_of_the_optimized_model_is_verified_at_other_lengths(length):
+    # Here one dot product at the ReLU's kink moves the curve by 2e-4 of its first value, as it does for the fp64
+    # reference when its weights are nudged by 6e-8: no bug, and a budget must leave room for it.
+    verdicts = verdicts_of(resolve_subject("optimized"), checks=["training.warmup"], length=length)
+    assert [(v.status, v.measures[0]) for v in verdicts if v.status is not Status.VERIFIED] == []
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,7 @@ def test_weights_of_replayed_experts_come_from_the_models_own_scores(model_class
     model = build(model_class)
     gate = model.model.layers[1].mlp.gate
     x = torch.randn(5, 64, dtype=torch.float64)
-    scores = gate.scores(x)
+    scores = gate(x)
     chosen = torch.tensor([[0, 7]]).expand(5, 2)
     expected = scores[:, [0, 7]] / scores[:, [0, 7]].sum(-1, keepdim=True) * 2.5
     assert_same(gate.weights(scores, chosen), expected)

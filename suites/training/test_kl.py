@@ -484,9 +484,9 @@ def test_autocast_leaves_head_weights_and_gate_in_fp32(model_class):
     model = build(model_class, torch.float32)
     x = torch.randn(1, 5, 64)
     layer = model.model.layers[1]
-    plain = layer.self_attn.indexer.head_weights(x), layer.mlp.gate.scores(x[0])
+    plain = layer.self_attn.indexer.head_weights(x), layer.mlp.gate(x[0])
     with torch.autocast("cpu", torch.bfloat16):
-        cast = layer.self_attn.indexer.head_weights(x), layer.mlp.gate.scores(x[0])
+        cast = layer.self_attn.indexer.head_weights(x), layer.mlp.gate(x[0])
     assert torch.equal(plain[0], cast[0])
     assert torch.equal(plain[1], cast[1])
 
