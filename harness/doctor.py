@@ -165,12 +165,12 @@ def _torch() -> tuple[Finding, Finding]:
     if torch.version.cuda is None:
         reason, advice = (
             "this torch is built without CUDA",
-            "Install a CUDA build of torch, or use `--on modal`.",
+            "Install a CUDA build of torch on a machine with a GPU.",
         )
     elif not Path("/dev/nvidiactl").exists() and shutil.which("nvidia-smi") is None:
         reason, advice = (
             "no NVIDIA driver was found",
-            "Use a machine with an NVIDIA GPU, or use `--on modal`.",
+            "Use a machine with an NVIDIA GPU.",
         )
     else:
         reason = f"torch for CUDA {torch.version.cuda} sees no device"
