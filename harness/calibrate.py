@@ -18,7 +18,7 @@ from reports.schema import Status, Verdict
 from .cases import CASE_NAMES, calibrated_state
 from .runner import DTYPES, Plan, run, select_checks
 from .subjects import resolve_subject
-from .verify import LENGTHS
+from .verify import length_for
 
 HELD_OUT = 1000
 
@@ -48,7 +48,7 @@ def used_budgets(
             raise ValueError(f"seed is {seed}; seeds from {HELD_OUT} on never set a budget.")
         config = DeepseekV32Config.preset(config_name)
         plan = Plan(
-            resolve_subject(subject), config, calibrated_state(config, seed), seed, LENGTHS[config_name], 2,
+            resolve_subject(subject), config, calibrated_state(config, seed), seed, length_for(config, config_name), 2,
             torch.device("cpu"), tuple(DTYPES), CASE_NAMES, select_checks(checks.split(",")),
         )  # fmt: skip
         for verdict in run(plan, Quiet()):

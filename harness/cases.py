@@ -85,7 +85,7 @@ CASE_NAMES = ("text", "left-padded", "right-padded", "packed", "offset-5000", "o
 def build_case(name: str, config: DeepseekV32Config, *, seed: int, length: int, batch: int = 2) -> Case:
     """The case called `name` on text drawn from `seed`.
 
-    Padding takes a fifth of every second row; packed rows hold three documents of unequal length; an offset moves all
+    Padding takes a fifth of every second row; packed rows hold documents of 1, 2 and 9 twelfths; an offset moves all
     positions. Labels leave out what no model agrees on: padding and its neighbour, first tokens of documents.
 
     Raises:
@@ -108,7 +108,7 @@ def build_case(name: str, config: DeepseekV32Config, *, seed: int, length: int, 
             labels[::2, length // 5] = -100
         needs.add("padding")
     elif name == "packed":
-        cuts = (0, length // 6, length // 2, length)
+        cuts = (0, length // 12, length // 4, length)
         positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)]).expand(batch, -1).clone()
         labels[:, cuts[1:-1]] = -100
         needs.add("packing")

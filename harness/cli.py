@@ -42,7 +42,9 @@ def verify(
         str, typer.Option(help="optimized, reference, transformers, transformers-eager, or FILE.py:factory.")
     ] = "optimized",
     checks: Annotated[str, typer.Option(help="Families or checks, separated by commas; all for every one.")] = "all",
-    cases: Annotated[str, typer.Option(help="Cases, separated by commas; all for every one.")] = "all",
+    cases: Annotated[
+        str, typer.Option(help="Cases, separated by commas; all for every one; auto: fewer of a large model.")
+    ] = "auto",
     seq_len: Annotated[int | None, typer.Option(help="Tokens a row; the default is well above index_topk.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
