@@ -57,7 +57,8 @@ class Subject:
         dtype: torch.dtype,
     ) -> nn.Module:
         """The module in training mode, every parameter trainable."""
-        module = self.factory(config, state, device=device, dtype=dtype)
+        # Its own copy: a subject that changes its config must not change the reference's.
+        module = self.factory(DeepseekV32Config(**config.to_dict()), state, device=device, dtype=dtype)
         return module.train().requires_grad_(True)
 
 

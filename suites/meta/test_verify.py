@@ -349,3 +349,12 @@ def test_transformers_runs_to_the_end_and_what_it_lacks_is_not_applicable(tmp_pa
     assert all("does not declare" in v.reason for v in found.verdicts if v.status is Status.NOT_APPLICABLE)
     assert {v.check for v in found.verdicts if v.status is Status.VERIFIED} >= {"choices.keys", "parity.logits"}
     assert "not-applicable" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_subject_that_changes_its_config_changes_nobody_elses():
+    def factory(config, state_dict, *, device, dtype):
+        config.indexer_rope_interleaved = True
+        return resolve_subject("optimized").factory(config, state_dict, device=device, dtype=dtype)
+
+    verdicts = verdicts_of(subject_of(factory), checks=["choices.keys", "kl.loss"], cases=("text",))
+    assert {verdict.status for verdict in verdicts if "sparse" in verdict.case} == {Status.FAILED}
