@@ -37,6 +37,7 @@ BASE_KEYS = {
     "torch_dtype", "num_labels", "rope_scaling", "rope_theta", "name_or_path", "_name_or_path", "_commit_hash",
     "output_attentions", "attn_implementation", "_attn_implementation", "experts_implementation",
     "_experts_implementation", "quantization_config", "auto_map", "model_type", "num_experts", "num_local_experts",
+    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan",
     "_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions",
 }  # fmt: skip
 
