@@ -64,6 +64,11 @@ class Case:
     needs: frozenset[str] = field(default_factory=frozenset)
 
     @property
+    def fp8(self) -> bool:
+        """Whether any tensor goes through FP8."""
+        return "fp8" in (self.config.indexer_precision, self.config.kv_latent_precision)
+
+    @property
     def real_BL(self) -> torch.Tensor:
         """Which tokens are real."""
         mask = self.attention_mask
@@ -79,14 +84,14 @@ class Case:
         return {**{k: None if v is None else v.to(device) for k, v in tensors.items()}, "use_cache": False}
 
 
-CASE_NAMES = ("text", "left-padded", "right-padded", "packed", "offset-5000", "offset-100000")
+CASE_NAMES = ("text", "left-padded", "right-padded", "packed", "offset-5000", "offset-100000", "fp8")
 
 
 def build_case(name: str, config: DeepseekV32Config, *, seed: int, length: int, batch: int = 2) -> Case:
     """The case called `name` on text drawn from `seed`.
 
     Padding takes a fifth of every second row; packed rows hold documents of 1, 2 and 9 twelfths; an offset moves all
-    positions. Labels leave out what no model agrees on: padding and its neighbour, first tokens of documents.
+    positions; "fp8" switches the official FP8 path on. Labels leave out what no model agrees on: padding and its neighbour, first tokens of documents.
 
     Raises:
         ValueError: an unknown name, or a length below 8.
@@ -114,4 +119,7 @@ def build_case(name: str, config: DeepseekV32Config, *, seed: int, length: int, 
         needs.add("packing")
     elif name.startswith("offset-"):
         positions = torch.arange(length).expand(batch, -1) + int(name.removeprefix("offset-"))
+    elif name == "fp8":
+        config = DeepseekV32Config(**{**config.to_dict(), "indexer_precision": "fp8", "kv_latent_precision": "fp8"})
+        needs.add("fp8")
     return Case(name, config, seed, ids, labels, mask, positions, frozenset(needs))

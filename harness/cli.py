@@ -1,4 +1,4 @@
-"""The command line: `v32 verify`, `v32 report`, `v32 doctor`.
+"""The command line: `v32 verify`, `v32 mutants`, `v32 golden`, `v32 report`, `v32 doctor`.
 
 Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified · 0.
 """
@@ -15,6 +15,8 @@ from reports.markdown import markdown
 from reports.records import RecordError, read_run, run_exit_code, write_text_atomically
 from reports.terminal import print_line, render
 
+from .goldens.cli import golden_app
+
 USAGE_ERROR = 2
 INTERRUPTED = 130
 # The base of every error in a command line. typer exports only its leaves, and ships click in one version and not in
@@ -28,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Verify implementations of DeepSeek V3.2 (sparse attention, indexer, MoE) against a readable reference.",
 )
+app.add_typer(golden_app, name="golden")
 
 
 @app.callback()
@@ -69,6 +72,30 @@ def verify(
         out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify",
     )  # fmt: skip
     raise typer.Exit(run_verify(request, Console()))
+
+
+@app.command()
+def mutants(
+    only: Annotated[
+        str, typer.Option(help="Mutants, entries of the catalogue (A01) or groups (A), separated by commas.")
+    ] = "all",
+    without: Annotated[str, typer.Option(help="Checks to turn off, separated by commas.")] = "",
+    seeds: Annotated[int, typer.Option(help="Seeds from 1000 on, on which right subjects must raise no alarm.")] = 100,
+    jobs: Annotated[int, typer.Option(help="Processes; 0 for one a core.")] = 0,
+    list_: Annotated[bool, typer.Option("--list", help="Name the mutants, and run nothing.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-mutants.")
+    ] = None,
+) -> None:
+    """Try known bugs on every check: the kill matrix, and the false alarms on right subjects."""
+    from .mutants.command import Request, print_list
+    from .mutants.command import mutants as run_mutants
+
+    if list_:
+        print_list(Console())
+        raise typer.Exit
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-mutants"
+    raise typer.Exit(run_mutants(Request(only, without, seeds, jobs, folder), Console()))
 
 
 @app.command()

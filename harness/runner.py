@@ -1,6 +1,7 @@
 """Runs a plan of checks: modes × cases × dtypes, the costly oracle of each case shared by all of them.
 
-A mode is "sparse" or "dense" for checks of one forward and backward, "whole" for checks that build models of their own.
+A mode is "sparse" or "dense" for checks of one forward and backward, "whole" for checks that build models of their
+own, "operators" for checks of single operators.
 """
 
 import shlex
@@ -18,11 +19,14 @@ from reports.schema import Measure, NullCandidate, Status, Verdict
 from .cases import CASE_NAMES, Case, build_case
 from .checks import CHECKS, FAMILIES, Answer, Bench, Check, Oracle, SubjectError
 from .checks.whole import changed
+from .operators import OPERATOR_CASES, OperatorBench, build_operator_case
 from .subjects import CAPABILITIES, Subject
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Dense mode differs in the attention alone: a plain and a packed case show it.
 DENSE_CASES = ("text", "packed", "left-padded")
+_MODEL = frozenset({"model"})
+_MODE_NEEDS = {"sparse": _MODEL, "dense": _MODEL | {"dense-mode"}, "whole": _MODEL, "operators": frozenset[str]()}
 
 
 class Sink(Protocol):
@@ -51,6 +55,7 @@ class Plan:
     checks: tuple[Check, ...]
     config_name: str = "tiny"
     options: tuple[str, ...] = ()
+    operator_cases: tuple[str, ...] = OPERATOR_CASES
 
     def steps(self) -> Iterator[tuple[str, str, str, list[Check]]]:
         """(mode, case, dtype, checks) in the order in which they run."""
@@ -64,6 +69,10 @@ class Plan:
         for dtype in self.dtypes:
             if checks := [c for c in self.checks if c.concerns("whole", "text", DTYPES[dtype])]:
                 yield "whole", "text", dtype, checks
+        for case in self.operator_cases:
+            for dtype in self.dtypes:
+                if checks := [c for c in self.checks if c.concerns("operators", case, DTYPES[dtype])]:
+                    yield "operators", case, dtype, checks
 
     def __len__(self) -> int:
         return sum(len(checks) for *_, checks in self.steps())
@@ -85,42 +94,73 @@ def select_checks(names: Iterable[str]) -> tuple[Check, ...]:
     return tuple(c for c in CHECKS if "all" in wanted or c.family in wanted or c.name in wanted)
 
 
-def select_cases(names: Iterable[str]) -> tuple[str, ...]:
-    """Case names, validated; "all" stands for every one.
+def select_cases(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of cases of models, and of operators, validated; "all" stands for every one.
 
     Raises:
         ValueError: an unknown case.
     """
     wanted = [name for name in names if name]
     for name in wanted:
-        if name != "all" and name not in CASE_NAMES:
-            raise ValueError(f"Unknown case {name!r}; available: all, {', '.join(CASE_NAMES)}.")
-    return tuple(c for c in CASE_NAMES if "all" in wanted or c in wanted)
+        if name != "all" and name not in (*CASE_NAMES, *OPERATOR_CASES):
+            raise ValueError(
+                f"Unknown case {name!r}; available: all, {', '.join(CASE_NAMES)}; "
+                f"of operators: {', '.join(OPERATOR_CASES)}."
+            )
+    of_models, of_operators = (
+        tuple(c for c in known if "all" in wanted or c in wanted) for known in (CASE_NAMES, OPERATOR_CASES)
+    )
+    return of_models, of_operators
 
 
-def run(plan: Plan, sink: Sink) -> Iterator[Verdict]:
-    """Run the plan; one verdict a check, as each is reached."""
+Oracles = dict[tuple[str, str, str], Oracle]
+
+
+def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verdict]:
+    """Run the plan; one verdict a check, as each is reached.
+
+    `oracles` keeps every oracle for the next subject on the same config, weights and seed; without it each is freed
+    before the next is made.
+    """
     oracle: Oracle | None = None
     held: tuple[str, str, str] | None = None
     lacking: set[tuple[str, str]] = set()
     for mode, case_name, dtype, checks in plan.steps():
+        if mode == "operators":
+            oracle = held = None
+            bench: Bench | OperatorBench = OperatorBench(
+                build_operator_case(case_name, plan.config, seed=plan.seed, length=plan.length, batch=plan.batch),
+                plan.subject, DTYPES[dtype], plan.device,
+            )  # fmt: skip
+            yield from _judged(checks, bench, mode, plan, sink, lacking)
+            continue
         if held != (mode, case_name, dtype) or oracle is None:
-            # The previous oracle's gradients are freed before the next is made.
-            oracle = None
-            oracle = Oracle(_case(plan, mode, case_name), plan.state, plan.device, DTYPES[dtype])
             held = (mode, case_name, dtype)
+            # The previous oracle's gradients are freed before the next is made.
+            oracle = None if oracles is None else oracles.get(held)
+            if oracle is None:
+                oracle = Oracle(_case(plan, mode, case_name), plan.state, plan.device, DTYPES[dtype])
+            if oracles is not None:
+                oracles[held] = oracle
         bench = Bench(oracle, plan.subject, DTYPES[dtype])
-        for check in checks:
-            missing = missing_capability(check, bench.case, mode, plan.subject)
-            if missing is not None:
-                # Said once a check, not once a case and dtype.
-                if (check.name, missing) in lacking:
-                    continue
-                lacking.add((check.name, missing))
-            sink.start(check.name, f"{case_name}, {mode}", dtype)
-            verdict = judge(check, bench, mode, plan, missing)
-            sink.done(verdict)
-            yield verdict
+        yield from _judged(checks, bench, mode, plan, sink, lacking)
+
+
+def _judged(
+    checks: Iterable[Check], bench: Bench | OperatorBench, mode: str, plan: Plan, sink: Sink,
+    lacking: set[tuple[str, str]],
+) -> Iterator[Verdict]:  # fmt: skip
+    for check in checks:
+        missing = missing_capability(check, bench.case.needs, mode, plan.subject)
+        if missing is not None:
+            # Said once a check, not once a case and dtype.
+            if (check.name, missing) in lacking:
+                continue
+            lacking.add((check.name, missing))
+        sink.start(check.name, f"{bench.case.name}, {mode}", str(bench.dtype).removeprefix("torch."))
+        verdict = judge(check, bench, mode, plan, missing)
+        sink.done(verdict)
+        yield verdict
 
 
 def _case(plan: Plan, mode: str, name: str) -> Case:
@@ -128,13 +168,14 @@ def _case(plan: Plan, mode: str, name: str) -> Case:
     return build_case(name, config, seed=plan.seed, length=plan.length, batch=plan.batch)
 
 
-def missing_capability(check: Check, case: Case, mode: str, subject: Subject) -> str | None:
+def missing_capability(check: Check, case_needs: frozenset[str], mode: str, subject: Subject) -> str | None:
     """The first capability that `check` needs here and `subject` does not declare."""
-    needs = check.needs | case.needs | (frozenset({"dense-mode"}) if mode == "dense" else frozenset())
-    return min(needs - subject.capabilities, default=None)
+    needs = check.needs | case_needs | _MODE_NEEDS[mode]
+    # A subject that has no model lacks that first, whatever else a model would need.
+    return "model" if "model" in needs - subject.capabilities else min(needs - subject.capabilities, default=None)
 
 
-def judge(check: Check, bench: Bench, mode: str, plan: Plan, missing: str | None = None) -> Verdict:
+def judge(check: Check, bench: Bench | OperatorBench, mode: str, plan: Plan, missing: str | None = None) -> Verdict:
     """Run one check and turn what it answers, or raises, into a verdict; `missing` makes it not applicable."""
     started = time.perf_counter()
     answer = Answer([], [])
@@ -187,7 +228,7 @@ def _accepted(nulls: list[NullCandidate], status: Status) -> str:
     return f"null candidates were accepted: {'; '.join(accepted)}" if accepted else "the check had nothing to reject"
 
 
-def reproduce(plan: Plan, check: Check, bench: Bench) -> str:
+def reproduce(plan: Plan, check: Check, bench: Bench | OperatorBench) -> str:
     """The command that runs this one check again."""
     words = [
         "v32", "verify", "--config", plan.config_name, "--subject", plan.subject.spec.split(" --backend ")[0],

@@ -1,14 +1,16 @@
 """Subjects: implementations under test, and what each declares it can do.
 
-A subject's factory is called as `factory(config, state_dict, *, device, dtype)` and returns a module with the
+A model's factory is called as `factory(config, state_dict, *, device, dtype)` and returns a module with the
 reference's parameter names. Its forward takes the reference's keyword arguments, as far as its capabilities go,
 and returns an object with `logits`, and `lm_loss` or `loss` when labels are given.
+
+Who brings kernels instead of a model gives a function without parameters, `operators() -> dict`, with any of the
+operators of `OPERATORS`. An operator says in its own attribute `capabilities` what it can do besides.
 """
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,19 +19,51 @@ import torch
 from torch import nn
 
 import optimized
+import optimized.ops
 import reference
 from reference import DeepseekV32Config
 
 # What a subject may declare, and what a report says when it does not.
-CAPABILITIES: dict[str, str] = {
+MODEL_CAPABILITIES: dict[str, str] = {
+    "model": "builds a whole model by factory(config, state_dict, *, device, dtype)",
     "tape": "records and replays top-k keys and experts (output_decisions, decisions)",
-    "indexer-kl": "computes the indexer's KL loss (output_indexer_kl_loss)",
+    "indexer-kl": "computes the indexer's KL loss (output_indexer_kl_loss; divided by num_items_in_batch when given)",
     "detach-switch": "lets the indexer's input stay attached (detach_indexer_input=False)",
     "dense-mode": "attends to every visible key when use_sparse_attention is False",
     "packing": "keeps packed documents apart by their positions",
     "padding": "leaves padding out by its attention_mask",
+    "cache": "continues from its own past_key_values, chunk by chunk and token by token",
+    "checkpointing": "recomputes activations after gradient_checkpointing_enable()",
+    "fp8": "simulates the official FP8 path (indexer_precision and kv_latent_precision set to 'fp8')",
+    "fp64": "computes in fp64 throughout when built with that dtype",
+    "bitwise": "gives the same bits when run again on the same input",
 }
-ALL = frozenset(CAPABILITIES)
+ALL = frozenset(MODEL_CAPABILITIES)
+
+# The operators, in the signatures of `optimized.ops`, and what each may declare besides.
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "index_scores": ("backward",),
+    "indexer_topk": ("tie-rule", "bitwise"),
+    "sparse_mla": ("backward", "bitwise"),
+    "dense_mla": ("backward", "bitwise"),
+    "indexer_kl": ("backward", "bitwise"),
+}
+OPERATOR_EXTRAS: dict[str, str] = {
+    "backward": "its outputs carry gradient to its inputs",
+    "tie-rule": "takes the lowest index first among equal scores",
+    "bitwise": "gives the same bits when run again on the same input",
+}
+CAPABILITIES: dict[str, str] = {
+    **MODEL_CAPABILITIES,
+    **{name: f"offers {name} in its dictionary of operators" for name in OPERATORS},
+    **{
+        f"{name}:{extra}": f"declares that {name} {OPERATOR_EXTRAS[extra]}"
+        for name, extras in OPERATORS.items()
+        for extra in extras
+    },
+}
+
+Operators = Mapping[str, Callable[..., Any]]
 
 
 class Factory(Protocol):
@@ -42,12 +76,16 @@ class Factory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An implementation under test. `spec` is what `--subject` was given, for the command that reproduces a failure."""
+    """An implementation under test: a model, operators, or both.
+
+    `spec` is what `--subject` was given, for the command that reproduces a failure.
+    """
 
     name: str
-    factory: Factory
+    factory: Factory | None
     capabilities: frozenset[str]
     spec: str
+    operators: Operators = field(default_factory=dict)
 
     def build(
         self,
@@ -57,6 +95,7 @@ class Subject:
         dtype: torch.dtype,
     ) -> nn.Module:
         """The module in training mode, every parameter trainable."""
+        assert self.factory is not None, "checks of models need the capability model"
         # Its own copy: a subject that changes its config must not change the reference's.
         module = self.factory(DeepseekV32Config(**config.to_dict()), state, device=device, dtype=dtype)
         return module.train().requires_grad_(True)
@@ -65,7 +104,12 @@ class Subject:
 def load_weights(
     model_class: type[Any], config: DeepseekV32Config, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> nn.Module:  # fmt: skip
-    """A model of `model_class` that holds copies of `state` in `dtype`, the router bias in at least fp32."""
+    """A model of `model_class` that holds copies of `state` in `dtype`, the router bias in at least fp32.
+
+    A class with a config class of its own (a copy of ours that was changed) gets the same fields in that.
+    """
+    if not isinstance(config, model_class.config_class):
+        config = model_class.config_class(**config.to_dict())
     with torch.device("meta"):
         model = model_class(config)
     bias_dtype = torch.promote_types(dtype, torch.float32)
@@ -110,20 +154,52 @@ def with_backend(subject: Subject, backend: str) -> Subject:
         device: torch.device,
         dtype: torch.dtype,
     ) -> nn.Module:
+        assert subject.factory is not None
         model = subject.factory(config, state_dict, device=device, dtype=dtype)
         cast(Any, model).backend = backend
         return model
 
     optimized.check_backend(backend)
-    return Subject(subject.name, factory, subject.capabilities, f"{subject.spec} --backend {backend}")
+    operators = {
+        name: with_capabilities(partial(op, backend=backend), OPERATORS[name]) for name, op in subject.operators.items()
+    }
+    return Subject(subject.name, factory, subject.capabilities, f"{subject.spec} --backend {backend}", operators)
+
+
+def with_capabilities(operator: Callable[..., Any], extras: Iterable[str]) -> Callable[..., Any]:
+    """`operator` under another name, declaring `extras`."""
+
+    def declared(*args: Any, **kwargs: Any) -> Any:
+        return operator(*args, **kwargs)
+
+    declared.capabilities = frozenset(extras)  # type: ignore[attr-defined]
+    return declared
+
+
+def operator_capabilities(operators: Operators) -> frozenset[str]:
+    """The names of `operators`, and name:extra for what each declares besides."""
+    extras = {f"{name}:{extra}" for name, op in operators.items() for extra in getattr(op, "capabilities", ())}
+    return frozenset(operators) | extras
+
+
+def ours(name: str, model_class: type[Any], operators: Operators) -> Subject:
+    """One of our own models, or a changed copy of it, with the operators that it is built of."""
+    full = {op: with_capabilities(function, OPERATORS[op]) for op, function in operators.items()}
+    return Subject(name, _ours(model_class), ALL | operator_capabilities(full), name, full)
+
+
+def optimized_operators(package: Any = optimized.ops) -> Operators:
+    """The operators of `optimized.ops`, or of a changed copy of it."""
+    return {name: getattr(package, name) for name in OPERATORS if hasattr(package, name)}
 
 
 def _builtins() -> dict[str, Subject]:
+    from .operators.plain import reference_operators
     from .upstream import UPSTREAM_CAPABILITIES, upstream_factory
 
     return {
-        "optimized": Subject("optimized", _ours(optimized.DeepseekV32ForCausalLM), ALL, "optimized"),
-        "reference": Subject("reference", _ours(reference.DeepseekV32ForCausalLM), ALL, "reference"),
+        "optimized": ours("optimized", optimized.DeepseekV32ForCausalLM, optimized_operators()),
+        "reference": ours("reference", reference.DeepseekV32ForCausalLM, reference_operators()),
         "transformers": Subject("transformers", upstream_factory("sdpa"), UPSTREAM_CAPABILITIES, "transformers"),
         "transformers-eager": Subject(
             "transformers-eager", upstream_factory("eager"), UPSTREAM_CAPABILITIES, "transformers-eager"
@@ -132,70 +208,27 @@ def _builtins() -> dict[str, Subject]:
 
 
 def resolve_subject(spec: str) -> Subject:
-    """The subject called `spec`: a built-in name, an entry point of `v32.subjects`, or `FILE.py:name`.
+    """The subject called `spec`: a built-in name, mutant:NAME, an entry point of `v32.subjects`, or `FILE.py:name`.
 
     Raises:
         ValueError: nothing of that name, a file that does not load, or capabilities that are not declared.
     """
+    from .third_party import declared, from_file
+
     builtins = _builtins()
     if spec in builtins:
         return builtins[spec]
+    if spec.startswith("mutant:"):
+        from .mutants.matrix import lasting_mutant
+
+        return lasting_mutant(spec.removeprefix("mutant:"))
     if ".py:" in spec:
         file, _, name = spec.rpartition(":")
-        return _declared(_from_file(Path(file), name), spec)
+        return declared(from_file(Path(file), name), spec)
     for entry in entry_points(group="v32.subjects"):
         if entry.name == spec:
-            return _declared(entry.load(), spec)
+            return declared(entry.load(), spec)
     raise ValueError(
-        f"Unknown subject {spec!r}; available: {', '.join(builtins)}, an entry point of v32.subjects, or FILE.py:factory."
+        f"Unknown subject {spec!r}; available: {', '.join(builtins)}, mutant:NAME, "
+        "an entry point of v32.subjects, or FILE.py:name."
     )
-
-
-def _from_file(path: Path, name: str) -> Callable[..., Any]:
-    if not path.is_file():
-        raise ValueError(f"--subject names the file {path}, which does not exist.")
-    module_spec = importlib.util.spec_from_file_location(f"v32_subject_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"--subject names the file {path}, which is not a Python file.")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"--subject: {path} does not load: {type(error).__name__}: {error}.") from error
-    if not callable(factory := getattr(module, name, None)):
-        raise ValueError(f"--subject: {path} has no factory called {name!r}.")
-    return cast(Callable[..., Any], factory)
-
-
-def _declared(factory: Callable[..., Any], spec: str) -> Subject:
-    """The factory with its capabilities: its own attribute, or that of the module it builds.
-
-    A module derived from the reference's class can do all that the reference can, unless it says otherwise.
-    """
-    declared = getattr(factory, "capabilities", None)
-    if declared is None:
-        config = DeepseekV32Config.preset("tiny")
-        with torch.device("meta"):
-            state = reference.DeepseekV32ForCausalLM(config).state_dict()
-        try:
-            zeros = {name: torch.zeros(tensor.shape) for name, tensor in state.items()}
-            module = factory(config, zeros, device=torch.device("cpu"), dtype=torch.float32)
-        except Exception as error:
-            raise ValueError(
-                f"--subject {spec}: calling it as factory(config, state_dict, device=, dtype=) raised "
-                f"{type(error).__name__}: {error}."
-            ) from error
-        declared = getattr(module, "capabilities", None)
-        if declared is None and isinstance(module, reference.DeepseekV32ForCausalLM):
-            declared = ALL
-    if declared is None:
-        raise ValueError(
-            f"--subject {spec} declares no capabilities; give the factory or its module an attribute "
-            f"capabilities = frozenset({{…}}) with any of {', '.join(CAPABILITIES)}."
-        )
-    if not isinstance(declared, (set, frozenset, list, tuple)):
-        raise ValueError(f"--subject {spec}: its capabilities are {declared!r}; they must be a set of names.")
-    if unknown := sorted(map(str, set(declared) - ALL)):
-        raise ValueError(f"--subject {spec} declares {unknown[0]!r}; capabilities are {', '.join(CAPABILITIES)}.")
-    return Subject(spec.rpartition(":")[2] or spec, cast(Factory, factory), frozenset(declared), spec)

@@ -18,7 +18,7 @@ from reference import Decisions, DeepseekV32Config, LayerDecisions
 from reference.layout import Layout, build_layout
 
 # It has no KL loss, no dense switch and no detach switch: what needs those is not applicable to it.
-UPSTREAM_CAPABILITIES = frozenset({"tape", "packing", "padding"})
+UPSTREAM_CAPABILITIES = frozenset({"model", "tape", "packing", "padding", "cache", "checkpointing", "bitwise"})
 _OURS_ONLY = (
     "use_sparse_attention", "detach_indexer_input", "indexer_kl_coef", "indexer_rope_interleaved", "indexer_precision",
     "kv_latent_precision", "model_type", "transformers_version", "architectures",
@@ -58,15 +58,31 @@ def upstream_factory(attention: str) -> Any:
     return factory
 
 
+class TapeRun:
+    """The tape of one forward: what it replays, what it would itself have chosen, and in which layout.
+
+    It travels with the forward's arguments, so that a layer that is recomputed in a later backward finds its own
+    forward's choices, whatever ran in between.
+    """
+
+    def __init__(self, layout: Layout, replay: Decisions | None, layers: int) -> None:
+        self.layout, self.replay = layout, replay
+        self.own: list[dict[str, torch.Tensor]] = [{} for _ in range(layers)]
+
+    def decisions(self) -> Decisions:
+        """What the model itself chose."""
+        return Decisions(tuple(LayerDecisions(own.get("topk_indices"), own.get("expert_indices")) for own in self.own))
+
+
 class TapedUpstream(upstream.DeepseekV32ForCausalLM):
     """transformers' model, recording and replaying choices."""
 
     def __init__(self, config: UpstreamConfig) -> None:
         super().__init__(config)
-        self.layout: Layout | None = None
-        self.replay: Decisions | None = None
-        self.own: list[dict[str, torch.Tensor]] = []
+        # The run that each layer is in; set when its attention begins, in a forward and in a recomputation alike.
+        self.runs: list[TapeRun | None] = [None for _ in self.model.layers]
         for i, layer in enumerate(self.model.layers):
+            self._follow(layer.self_attn, i)
             self._tape_indexer(layer.self_attn.indexer, i)
             if hasattr(layer.mlp, "gate"):
                 self._tape_gate(layer.mlp.gate, i)
@@ -74,37 +90,49 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):
     def forward(
         self, *args: Any, decisions: Decisions | None = None, output_decisions: bool = False, **kwargs: Any
     ) -> Any:
-        """As upstream's, with the tape."""
-        ids = kwargs["input_ids"]
-        self.layout = build_layout(
+        """As upstream's, with the tape. A cache carries the layout of its slots."""
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+        layout = build_layout(
             ids.shape[0],
             ids.shape[1],
             ids.device,
             attention_mask=kwargs.get("attention_mask"),
             position_ids=kwargs.get("position_ids"),
+            past=getattr(cache, "tape_layout", None),
         )
-        self.replay, self.own = decisions, [{} for _ in self.model.layers]
-        try:
-            out = super().forward(*args, **kwargs)
-        finally:
-            self.replay = None
+        run = TapeRun(layout, decisions, len(self.model.layers))
+        out = super().forward(*args, **kwargs, tape_run=run)
+        if (held := out.get("past_key_values")) is not None:
+            held.tape_layout = layout
         if output_decisions:
-            out["decisions"] = Decisions(
-                tuple(LayerDecisions(own.get("topk_indices"), own.get("expert_indices")) for own in self.own)
-            )
+            out["decisions"] = run.decisions()
         return out
+
+    def _follow(self, attention: nn.Module, layer_idx: int) -> None:
+        inner = attention.forward
+
+        def forward(*args: Any, tape_run: TapeRun, **kwargs: Any) -> Any:
+            self.runs[layer_idx] = tape_run
+            return inner(*args, **kwargs)
+
+        attention.forward = forward
+
+    def _run(self, layer_idx: int) -> TapeRun:
+        run = self.runs[layer_idx]
+        assert run is not None, "a layer's attention runs before its gate"
+        return run
 
     def _tape_indexer(self, indexer: nn.Module, layer_idx: int) -> None:
         inner = indexer.forward
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             own_BLK = inner(*args, **kwargs)
-            assert self.layout is not None
-            self.own[layer_idx]["topk_indices"] = as_decisions(own_BLK, self.layout)
-            relative = None if self.replay is None else self.replay[layer_idx].topk_indices
+            run = self._run(layer_idx)
+            run.own[layer_idx]["topk_indices"] = as_decisions(own_BLK, run.layout)
+            relative = None if run.replay is None else run.replay[layer_idx].topk_indices
             if relative is None:
                 return cast(torch.Tensor, own_BLK)
-            slots = self.layout.to_slots(self.layout.from_relative(relative))
+            slots = run.layout.to_slots(run.layout.from_relative(relative))
             # Upstream knows no −1: a key that is selected anyway stands in for it. Pad rows attend to nothing.
             return torch.where(slots < 0, slots[..., :1].clamp_min(0), slots).to(torch.int32)
 
@@ -116,14 +144,13 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):
 
         def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits, weights, own_NT = inner(*args, **kwargs)
-            assert self.layout is not None
-            real_BL1 = self.layout.real_BL[..., None]
+            run = self._run(layer_idx)
+            real_BL1 = run.layout.real_BL[..., None]
             own_BLT = own_NT.unflatten(0, real_BL1.shape[:2]).sort(-1).values.to(torch.int32)
-            self.own[layer_idx]["expert_indices"] = torch.where(real_BL1, own_BLT, -1)
-            if self.replay is None:
+            run.own[layer_idx]["expert_indices"] = torch.where(real_BL1, own_BLT, -1)
+            replayed = None if run.replay is None else run.replay[layer_idx].expert_indices
+            if replayed is None:
                 return logits, weights, own_NT
-            replayed = self.replay[layer_idx].expert_indices
-            assert replayed is not None
             used_NT = torch.where(real_BL1, replayed, own_BLT).flatten(0, 1).long()
             chosen = logits.sigmoid().gather(1, used_NT)
             if router.norm_topk_prob:

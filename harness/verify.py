@@ -17,7 +17,7 @@ from reports.markdown import markdown
 from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code, write_text_atomically
 from reports.terminal import Progress, print_line, render
 
-from .cases import CASE_NAMES, calibrated_state
+from .cases import calibrated_state
 from .environment import capture
 from .runner import DTYPES, Plan, run, select_cases, select_checks
 from .subjects import resolve_subject, with_backend
@@ -67,8 +67,8 @@ def plan_for(request: Request) -> Plan:
     if not dtypes:
         raise ValueError(f"--dtype is empty; allowed are {', '.join(DTYPES)}, separated by a comma.")
     checks = select_checks(request.checks.split(","))
-    cases = CASE_NAMES if request.cases == AUTO else select_cases(request.cases.split(","))
-    if not checks or not cases:
+    cases, operator_cases = select_cases(["all"] if request.cases == AUTO else request.cases.split(","))
+    if not checks or not (cases or operator_cases):
         raise ValueError("--checks and --cases must each name something; all stands for every one.")
     if request.batch < 1:
         raise ValueError(f"--batch is {request.batch}; it must be 1 or more.")
@@ -99,7 +99,7 @@ def plan_for(request: Request) -> Plan:
         options = (*options, "--device", request.device)
     return Plan(
         subject, config, state, request.seed, length, request.batch, device, dtypes, cases, checks,
-        config_name=request.config, options=options,
+        config_name=request.config, options=options, operator_cases=operator_cases,
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def verify(request: Request, console: Console) -> int:
             Console(stderr=True), f"v32 verify: --out is {request.out}, which cannot be a folder: {error.strerror}."
         )
         return USAGE_ERROR
-    command = ["v32", *sys.argv[1:]] if Path(sys.argv[0]).name == "v32" else ["v32", "verify"]
+    command = command_line("verify")
     header = {
         "subject": plan.subject.name,
         "reference": "reference (fp64)",
@@ -204,6 +204,11 @@ def verify(request: Request, console: Console) -> int:
         print_line(Console(stderr=True), f"v32 verify: {request.out} cannot be written: {error.strerror or error}.")
         return 3
     return _finish(request.out, console)
+
+
+def command_line(name: str) -> list[str]:
+    """The command as it was typed; `v32 <name>` when another program runs it."""
+    return ["v32", *sys.argv[1:]] if Path(sys.argv[0]).name == "v32" else ["v32", name]
 
 
 def _finish(out: Path, console: Console) -> int:

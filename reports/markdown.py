@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from reports.kills import FAMILY, catalogue_cells, kills
 from reports.records import Run, Verdict, verdict_line, why_not_complete
 from reports.text import clean, duration, number, one_line, sparkline, spread
 from reports.view import (
@@ -61,7 +62,10 @@ def code_block(text: str) -> str:
 def _page(run: Run, rows: int) -> str:
     labels = Labels(run)
     parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
+    parts += _kills(run, rows)
     for family, verdicts in families(run).items():
+        if family == FAMILY:
+            continue
         parts += [f"### {escape(family)} · {tally(verdicts)}", _family(verdicts, labels, rows)]
     tables = [part for verdict in run.verdicts for part in (*_gradients(verdict, labels), *_curves(verdict, labels))]
     parts += tables[: 2 * rows]
@@ -111,6 +115,26 @@ def _family(verdicts: list[Verdict], labels: Labels, rows: int) -> str:
         row = [verdict.check, labels.case(verdict), labels.dtype(verdict), verdict.status.value]
         cells.append([*row, measured(measure), used(measure), duration(verdict.seconds)])
     return _table(["check", "case", "dtype", "status", "worst / budget", "used", "time"], cells, rows)
+
+
+def _kills(run: Run, rows: int) -> list[str]:
+    found = kills(run)
+    if found is None:
+        return []
+    killed = len(found.mutants) - len(found.survivors)
+    parts = [f"### Kill matrix: {killed} of {len(found.mutants)} mutants killed"]
+    parts.append(code_block("\n".join(found.lines())))
+    parts.append("A check is redundant here when another check fails each mutant that it fails.")
+    parts.append(_table(["", "check", "kills", "kills that no other check makes"], found.check_cells(), 1000))
+    parts.append("### The mutants")
+    parts.append(_table(["mutant", "what is wrong", "on record", "checks that fail it"], found.mutant_cells(), rows))
+    catalogue = catalogue_cells(run)
+    if catalogue:
+        parts += [
+            "### The catalogue of public bugs",
+            _table(["entry", "mutants, or why there is none"], catalogue, rows),
+        ]
+    return parts
 
 
 def _gradients(verdict: Verdict, labels: Labels) -> list[str]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from reports.kills import FAMILY, kills
 from reports.records import FAILING, Measurement, Run, Status, Verdict, run_exit_code, verdict_line
 from reports.text import ascii_only, clean, duration, number, one_line, sparkline, spread
 from reports.view import (
@@ -124,7 +125,10 @@ def render(run: Run, console: Console) -> None:
     """Print the whole run; its verdict is the last line."""
     labels = Labels(run)
     _header(run, console)
+    _kills(run, console)
     for family, verdicts in families(run).items():
+        if family == FAMILY:
+            continue
         _family(family, verdicts, labels, console)
     for verdict in run.verdicts:
         _curves(verdict, labels, console)
@@ -179,6 +183,19 @@ def _family(family: str, verdicts: list[Verdict], labels: Labels, console: Conso
             line = one_line(f"{labels.full(verdict)}: {verdict.reason}")
             console.print(shown(console, line), overflow="fold")
         console.print()
+
+
+def _kills(run: Run, console: Console) -> None:
+    found = kills(run)
+    if found is None:
+        return
+    killed = len(found.mutants) - len(found.survivors)
+    console.print(Text(f"kill matrix: {killed} of {len(found.mutants)} mutants killed", style="bold"))
+    for line in found.lines():
+        print_line(console, line)
+    console.print()
+    cells = [[shown(console, one_line(cell)) for cell in row] for row in found.check_cells()]
+    _table("checks", ["", "check", "kills", "kills that no other check makes"], cells, console)
 
 
 def _curves(verdict: Verdict, labels: Labels, console: Console) -> None:

@@ -1,9 +1,19 @@
 """The checks, one family a file, in the order in which they run."""
 
-from . import choices, finite, parity, training, whole
+from ..probes import operators as operator_probes
+from . import choices, finite, first_layer, operators, parity, training, whole
 from .base import Answer, Bench, Check, Oracle, SubjectError
 
-CHECKS: list[Check] = [*finite.CHECKS, *choices.CHECKS, *parity.CHECKS, *whole.CHECKS, *training.CHECKS]
+CHECKS: list[Check] = [
+    *finite.CHECKS,
+    *choices.CHECKS,
+    *first_layer.CHECKS,
+    *parity.CHECKS,
+    *whole.CHECKS,
+    *training.CHECKS,
+    *operators.CHECKS,
+    *operator_probes.CHECKS,
+]
 FAMILIES = tuple(dict.fromkeys(check.family for check in CHECKS))
 
 __all__ = ["CHECKS", "FAMILIES", "Answer", "Bench", "Check", "Oracle", "SubjectError"]

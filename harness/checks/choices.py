@@ -17,7 +17,7 @@ from reports.schema import Measure, NullCandidate
 
 from ..budgets import MARGIN_FACTOR, scalar_budget
 from ..cases import Case
-from .base import Answer, Bench, Check
+from .base import Answer, Bench, Check, Oracle
 
 
 def layout_of(case: Case, device: torch.device) -> Layout:
@@ -91,27 +91,36 @@ def relative_topk(scores_BLS: torch.Tensor, visible_BLS: torch.Tensor, k: int, l
     return layout.to_relative(torch.where(slots < 0, -1, compact))
 
 
+def margins_and_nulls(oracle: Oracle, layout: Layout, k: int) -> tuple[list[float], dict[str, bool]]:
+    """Each layer's margin, and which kinds of wrong selections are rejected in every layer."""
+    generator = torch.Generator().manual_seed(oracle.case.seed)
+    margins: list[float] = []
+    rejected: dict[str, bool] = {}
+    for exact, low in zip(oracle.seen.scores_BLS, oracle.baseline.scores_BLS, strict=True):
+        off = torch.where(torch.isfinite(exact), (low.double() - exact).abs(), 0.0)
+        margins.append(MARGIN_FACTOR * float(off.max()))
+        for kind, candidate in wrong_selections(exact, layout, k, generator):
+            judged = judge_keys(candidate, exact, layout, k, margins[-1])
+            rejected[kind] = rejected.get(kind, True) and judged.wrong > 0
+    return margins, rejected
+
+
 def keys(bench: Bench) -> Answer:
     """Top-k keys of every layer."""
     layout, k = layout_of(bench.case, bench.device), bench.case.config.index_topk
-    generator = torch.Generator().manual_seed(bench.case.seed)
     wrong = flips = rows = 0
     worst_margin = 0.0
     seen_by_layer = []
-    rejected: dict[str, bool] = {}
+    margins, rejected = bench.oracle.remember("keys", lambda: margins_and_nulls(bench.oracle, layout, k))
     assert bench.seen.decisions is not None
-    for i, decision in enumerate(bench.seen.decisions):
-        exact, low = bench.expected.scores_BLS[i], bench.baseline.scores_BLS[i].double()
-        off = torch.where(torch.isfinite(exact), (low - exact).abs(), 0.0)
-        margin = MARGIN_FACTOR * float(off.max())
+    for i, (decision, margin) in enumerate(zip(bench.seen.decisions, margins, strict=True)):
+        exact = bench.expected.scores_BLS[i]
         if decision.topk_indices is None:
             return Answer([Measure("layers without a selection", 1.0, 0.0)], [], f"layer {i} reports no top-k indices")
         found = judge_keys(decision.topk_indices, exact, layout, k, margin)
         wrong, flips, rows = wrong + found.wrong, flips + found.flips, rows + found.rows
         worst_margin = max(worst_margin, margin)
         seen_by_layer.append({"layer": i, "wrong": found.wrong, "flips": found.flips, "margin": margin})
-        for kind, candidate in wrong_selections(exact, layout, k, generator):
-            rejected[kind] = rejected.get(kind, True) and judge_keys(candidate, exact, layout, k, margin).wrong > 0
     measures = [
         Measure("wrong keys", float(wrong), 0.0, "keys"),
         Measure("flips within the margin", float(flips), None, "keys"),

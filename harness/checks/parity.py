@@ -82,11 +82,15 @@ def gradients(output: str, pick: Callable[[Observation], Gradients]) -> Callable
         if (
             output == "kl gradients"
             and bench.dtype == torch.float32
+            and not bench.case.fp8
             and any(not found[n].used(allowed[n]) <= 1 for n in reached)
         ):
             # Only now, because it costs two more backwards: the kinks can but widen a budget. In bf16 they are so many
-            # that the reference's own error holds them.
-            kinks = kink_errors(bench.oracle.model, bench.reference(), bench.case, bench.oracle.tape, expected)
+            # that the reference's own error holds them, and so it is where FP8 moves whole entries.
+            kinks = bench.oracle.remember(
+                "kinks",
+                lambda: kink_errors(bench.oracle.model, bench.reference(), bench.case, bench.oracle.tape, expected),
+            )
             allowed = {n: allowed[n].plus(kinks[n]) for n in reached}
             data["budgets_include_kinks"] = True
         worst = {side: max(_shares(found, allowed, side)) for side in SIDES}
@@ -96,9 +100,11 @@ def gradients(output: str, pick: Callable[[Observation], Gradients]) -> Callable
         top = max(worst.values())
         reasons = [f"the gradient reaches {unreached[0]} in one model only"] if unreached else []
         reasons += [f"worst: {top[1]}"] if top[0] > 1 else []
+        noisy = bench.dtype == torch.bfloat16 or bench.case.fp8
+        nulls = bench.oracle.remember((output, "nulls", *data), lambda: _gradient_nulls(reached, allowed, noisy))
         used = sorted(((max(_share(found[n], allowed[n], s) for s in SIDES), n) for n in reached), reverse=True)
         data["worst_parameters"] = {name: share for share, name in used[:8]}
-        return Answer(measures, _gradient_nulls(reached, allowed, bench.dtype), "; ".join(reasons), data)
+        return Answer(measures, nulls, "; ".join(reasons), data)
 
     return check
 
@@ -121,23 +127,21 @@ def _shares(found: dict[str, Errors], allowed: dict[str, Errors], side: str) -> 
     return [(_share(found[name], allowed[name], side), name) for name in found]
 
 
-def _gradient_nulls(
-    reached: dict[str, torch.Tensor], allowed: dict[str, Errors], dtype: torch.dtype
-) -> list[NullCandidate]:
+def _gradient_nulls(reached: dict[str, torch.Tensor], allowed: dict[str, Errors], noisy: bool) -> list[NullCandidate]:
     """Each kind of null candidate, tried on every parameter by itself and rejected for every one.
 
-    In bf16 the noise of a short vector hides 4 %: there the candidate is 4 % on all parameters at once.
+    In bf16 or FP8 the noise of a short vector hides 4 %: there (`noisy`) the candidate is 4 % on all parameters at once.
     """
     accepted: dict[str, list[str]] = {}
     gain_rejected = False
     for name, e in reached.items():
         for kind, wrong in null_candidates(e):
             seen = rejected(wrong, e, allowed[name])
-            if kind == "4 % gain" and dtype == torch.bfloat16:
+            if kind == "4 % gain" and noisy:
                 gain_rejected |= seen
             else:
                 accepted.setdefault(kind, []).extend([] if seen else [name])
-    if dtype == torch.bfloat16:
+    if noisy:
         accepted["4 % gain on all"] = [] if gain_rejected else ["every parameter"]
     return [
         NullCandidate(kind, not names, f"accepted for {len(names)}, e.g. {names[0]}" if names else "")

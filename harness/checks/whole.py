@@ -13,7 +13,6 @@ from reports.schema import Measure, NullCandidate
 from ..budgets import SPARSE_IS_DENSE, scale
 from ..metrics import errors, rejected
 from ..observe import observe
-from ..subjects import ALL, resolve_subject
 from .base import Answer, Bench, Oracle, whole_model_check
 from .parity import judge_tensor
 
@@ -27,14 +26,10 @@ def sparse_is_dense(bench: Bench) -> Answer:
     """The subject in sparse mode with index_topk = L, against the fp64 reference in dense mode, on the same experts."""
     length = bench.case.input_ids.shape[1]
     dense_case = replace(bench.case, config=changed(bench.case.config, use_sparse_attention=False))
-    oracle = Oracle(dense_case, bench.oracle.state, bench.device)
-    reference = resolve_subject("reference")
-    own = observe(
-        reference.build(dense_case.config, oracle.state, bench.device, bench.dtype), dense_case, ALL, tape=oracle.tape
-    )
+    oracle = bench.oracle.remember("dense", lambda: Oracle(dense_case, bench.oracle.state, bench.device, bench.dtype))
     real = bench.case.real_BL.to(bench.device)
     expected = oracle.seen.logits[real]
-    allowed = scale(SPARSE_IS_DENSE, errors(own.logits[real], expected), expected.numel())
+    allowed = scale(SPARSE_IS_DENSE, errors(oracle.baseline.logits[real], expected), expected.numel())
 
     def sparse_logits(topk: int) -> torch.Tensor:
         case = replace(bench.case, config=changed(bench.case.config, index_topk=topk, use_sparse_attention=True))

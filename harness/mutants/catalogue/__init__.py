@@ -1,0 +1,15 @@
+"""The mutants, by what they break."""
+
+from ..mutant import Mutant
+from . import generic, indexer, kernels, losses, model, selection
+
+MUTANTS: tuple[Mutant, ...] = (
+    *indexer.MUTANTS,
+    *selection.MUTANTS,
+    *kernels.MUTANTS,
+    *losses.MUTANTS,
+    *model.MUTANTS,
+    *generic.MUTANTS,
+)
+
+__all__ = ["MUTANTS"]

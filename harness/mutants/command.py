@@ -1,0 +1,204 @@
+"""`v32 mutants`: tries every known bug on every check, counts false alarms, writes records and a report."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from reports.markdown import markdown
+from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code, write_text_atomically
+from reports.schema import Measure, NullCandidate, Status
+from reports.terminal import Progress, print_line, render
+
+from ..checks import CHECKS
+from ..environment import capture
+from ..verify import REPORT_FILE, USAGE_ERROR, command_line
+from . import matrix
+from .coverage import coverage
+from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, passes_of_right, select_mutants
+from .mutant import Mutant
+
+FAMILY = "mutants"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What `v32 mutants` was asked for, as it was typed. `seeds` counts from 1000 on."""
+
+    only: str = "all"
+    without: str = ""
+    seeds: int = len(HELD_OUT)
+    jobs: int = 0
+    out: Path = Path("runs/mutants")
+
+
+def check_request(request: Request) -> tuple[list[Mutant], frozenset[str]]:
+    """The mutants, and the checks that are turned off.
+
+    Raises:
+        ValueError: a name that is unknown, or a number out of range.
+    """
+    mutants = select_mutants([word for word in request.only.split(",") if word])
+    without = frozenset(word for word in request.without.split(",") if word)
+    known = {check.name for check in CHECKS}
+    if unknown := sorted(without - known):
+        raise ValueError(f"--without names {unknown[0]!r}; checks are {', '.join(check.name for check in CHECKS)}.")
+    if not mutants:
+        raise ValueError("--only is empty; it must name a mutant, an entry such as A01, a group (A to E), or all.")
+    if not 0 <= request.seeds <= len(HELD_OUT):
+        raise ValueError(f"--seeds is {request.seeds}; it must be 0 … {len(HELD_OUT)}.")
+    if request.jobs < 0:
+        raise ValueError(f"--jobs is {request.jobs}; it must be 0 (one a core) or more.")
+    return mutants, without
+
+
+def mutants(request: Request, console: Console) -> int:
+    """Run the request; returns the exit code. Records are written as they come, the report at the end."""
+    errors = Console(stderr=True)
+    try:
+        chosen, without = check_request(request)
+    except ValueError as error:
+        print_line(errors, f"v32 mutants: {error}")
+        return USAGE_ERROR
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        (request.out / REPORT_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        print_line(errors, f"v32 mutants: --out is {request.out}, which cannot be a folder: {error.strerror}.")
+        return USAGE_ERROR
+    command = command_line("mutants")
+    header = {
+        "subject": f"{len(chosen)} mutants, {request.seeds} seeds of {' and '.join(RIGHT)}",
+        "claim": "every mutant is killed" + (", no right subject raises an alarm" if request.seeds else ""),
+        "config": matrix.CONFIG,
+        "device": "cpu",
+        "seed": SEED,
+        "without": sorted(without),
+        "checks": [check.name for check in CHECKS if check.name not in without],
+        "catalogue": [
+            {"entry": entry, "mutants": list(names), "reason": reason} for entry, (names, reason) in coverage().items()
+        ],
+        "command": " ".join(command),
+        "environment": capture(command, seeds={"mutants": SEED, "false alarms": HELD_OUT.start}),
+    }
+    total = len(chosen) + len(RIGHT) * bool(request.seeds)
+    try:
+        with RunWriter(request.out / RUN_FILE, header) as writer, Progress(console, total=total) as progress:
+            for verdict in run_mutants(chosen, without, request.seeds, request.jobs, progress.start):
+                writer.write(verdict)
+                progress.done(verdict)
+    except KeyboardInterrupt:
+        return _finish(request.out, console) or 130
+    except OSError as error:
+        print_line(errors, f"v32 mutants: {request.out} cannot be written: {error.strerror or error}.")
+        return 3
+    return _finish(request.out, console)
+
+
+def _finish(out: Path, console: Console) -> int:
+    records = read_run(out)
+    write_text_atomically(out / REPORT_FILE, markdown(records))
+    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    render(records, console)
+    return run_exit_code(records)
+
+
+def run_mutants(
+    chosen: list[Mutant], without: frozenset[str], seeds: int, jobs: int, started: Callable[[str, str], None]
+) -> Iterator[Verdict]:
+    """One verdict a mutant, as each is done, and one a right subject at the end; `jobs` processes, 0 for one a core."""
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
+        try:
+            clean = pool.submit(matrix.pass_of_unpatched, without)
+            killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in chosen}
+            alarms = [pool.submit(passes_of_right, seed, without) for seed in HELD_OUT[:seeds]]
+            started("the model without a patch", "")
+            unpatched = clean.result()
+            for done in as_completed(killed):
+                found, seconds = done.result()
+                yield verdict_of(killed[done], found, unpatched, seconds)
+            if alarms:
+                example = _timed_result(killed)
+                passes = []
+                for i, future in enumerate(as_completed(alarms)):
+                    passes += future.result()
+                    started("false alarms", f"{i + 1} of {seeds} seeds")
+                for name in RIGHT:
+                    yield alarms_verdict(name, [p for p in passes if p.subject == name], example)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _timed(run: Callable[..., Pass], *args: Any) -> tuple[Pass, float]:
+    began = time.perf_counter()
+    return run(*args), time.perf_counter() - began
+
+
+def _timed_result(killed: dict[Future[tuple[Pass, float]], Mutant]) -> Pass:
+    return max((future.result()[0] for future in killed), key=lambda found: len(found.kills))
+
+
+def verdict_of(mutant: Mutant, found: Pass, unpatched: Pass, seconds: float) -> Verdict:
+    """Verified when some check failed the mutant that verifies the same copy without its patch."""
+    killers = [check for check in found.kills if unpatched.statuses.get(check) is Status.VERIFIED]
+    first = f": {found.reasons[killers[0]]}" if killers else ""
+    return Verdict(
+        check=f"{FAMILY}.{mutant.name}",
+        family=FAMILY,
+        subject=mutant.of,
+        case=mutant.what,
+        status=Status.VERIFIED if killers else Status.FAILED,
+        dtype="",
+        device="cpu",
+        reason=f"failed by {len(killers)} checks{first}" if killers else "no check failed it: a check is missing",
+        measures=(Measure("survived", 0.0 if killers else 1.0, 0.0), Measure("checks that failed it", len(killers))),
+        nulls=(NullCandidate("the same copy without the patch", not unpatched.alarms, ", ".join(unpatched.alarms)),),
+        seconds=seconds,
+        reproduce=f"v32 verify --subject mutant:{mutant.name}",
+        data={
+            "mutant": {
+                "entry": mutant.entry,
+                "what": mutant.what,
+                "source": mutant.source,
+                "killed_by": list(killers),
+                "patches": [{"file": p.file, "old": p.old, "new": p.new} for p in mutant.patches],
+            },
+            "reasons": {check: found.reasons[check] for check in killers},
+        },
+    )
+
+
+def alarms_verdict(name: str, passes: list[Pass], wrong: Pass) -> Verdict:
+    """Verified when no check failed, was vacuous or raised on a right subject; a mutant's pass must count as alarms."""
+    alarms = [f"seed {found.seed}, {found.reasons[check]}" for found in passes for check in found.alarms]
+    count = sum(found.verdicts for found in passes)
+    return Verdict(
+        check=f"{FAMILY}.false_alarms",
+        family=FAMILY,
+        subject=name,
+        case=f"{name}, seeds {passes[0].seed} … {max(found.seed for found in passes)}" if passes else name,
+        status=Status.FAILED if alarms else Status.VERIFIED,
+        device="cpu",
+        reason=f"{len(alarms)} false alarms of {count} verdicts" + "".join(f"; {a}" for a in alarms[:3]),
+        measures=(
+            Measure("false alarms", float(len(alarms)), 0.0),
+            Measure("seeds", float(len(passes))),
+            Measure("verdicts", float(count)),
+        ),
+        nulls=(NullCandidate(f"the pass of {wrong.subject}", bool(wrong.alarms)),),
+        seconds=sum(found.seconds for found in passes),
+        data={"alarms": list(alarms)},
+    )
+
+
+def print_list(console: Console) -> None:
+    """Every mutant by name: what is wrong, and where it is on record."""
+    for mutant in matrix.MUTANTS:
+        print_line(console, f"{mutant.name}: {mutant.what} ({mutant.source})")

@@ -1,0 +1,188 @@
+"""The kill matrix: every mutant, and every right subject on seeds of its own, through all checks.
+
+A pass is one subject on one seed. The oracle of a seed is made once in each process, and serves every mutant.
+"""
+
+import atexit
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import transformers
+
+from reference import DeepseekV32Config
+from reports.schema import FAILING, Status, Verdict
+
+from ..cases import CASE_NAMES, calibrated_state
+from ..checks import CHECKS
+from ..operators import OPERATOR_CASES
+from ..runner import Oracles, Plan, run
+from ..subjects import Subject, optimized_operators, ours, resolve_subject
+from ..verify import length_for
+from .catalogue import MUTANTS
+from .mutant import Mutant
+from .patching import patched_copy
+
+CONFIG = "tiny"
+# The weights and the text that mutants are tried on; budgets were set on seeds 0-19, false alarms are counted elsewhere.
+SEED = 0
+HELD_OUT = range(1000, 1100)
+RIGHT = ("optimized", "reference")
+# bf16 shows what fp32 cannot, faults of the model's own dtype, and nothing else: fewer cases say it.
+BF16_CASES = ("text", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What all checks said of one subject on one seed: the worst status of each check, and why a check failed."""
+
+    subject: str
+    seed: int
+    statuses: dict[str, Status]
+    reasons: dict[str, str] = field(default_factory=dict)
+    verdicts: int = 0
+    seconds: float = 0.0
+
+    @property
+    def kills(self) -> list[str]:
+        """The checks that failed the subject."""
+        return [check for check, status in self.statuses.items() if status is Status.FAILED]
+
+    @property
+    def alarms(self) -> list[str]:
+        """The checks that did not verify it although it is right."""
+        return [check for check, status in self.statuses.items() if status in FAILING]
+
+
+class _Quiet:
+    def start(self, check: str, case: str = "", dtype: str = "") -> None:
+        """Nothing."""
+
+    def done(self, verdict: Verdict) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
+    """The subject built from our own code with `mutant`'s patches, while the block lasts."""
+    with patched_copy(mutant.patches) as copy:
+        package = getattr(copy, mutant.of)
+        operators = optimized_operators(package.ops) if mutant.of == "optimized" else {}
+        yield ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
+
+
+def lasting_mutant(name: str) -> Subject:
+    """The subject of the mutant called `name`, for as long as this process lives.
+
+    Raises:
+        ValueError: there is no such mutant.
+    """
+    held = ExitStack()
+    atexit.register(held.close)
+    return held.enter_context(mutant_subject(mutant_called(name)))
+
+
+def plans(subject: Subject, seed: int, without: frozenset[str]) -> Iterator[Plan]:
+    """The passes of one subject: fp32 on every case, bf16 on some."""
+    config, state = _case_of(seed)
+    checks = tuple(check for check in CHECKS if check.name not in without)
+    for dtype, cases, operator_cases in (
+        ("float32", CASE_NAMES, OPERATOR_CASES),
+        ("bfloat16", BF16_CASES, OPERATOR_CASES[:1]),
+    ):
+        yield Plan(
+            subject, config, state, seed, length_for(config, CONFIG), 2, torch.device("cpu"), (dtype,), cases, checks,
+            operator_cases=operator_cases,
+        )  # fmt: skip
+
+
+@cache
+def _case_of(seed: int) -> tuple[DeepseekV32Config, dict[str, torch.Tensor]]:
+    config = DeepseekV32Config.preset(CONFIG)
+    return config, calibrated_state(config, seed)
+
+
+def one_pass(
+    subject: Subject, seed: int, without: frozenset[str] = frozenset(), oracles: Oracles | None = None
+) -> Pass:
+    """Every check on `subject`, but those named in `without`."""
+    statuses: dict[str, Status] = {}
+    reasons: dict[str, str] = {}
+    count, seconds = 0, 0.0
+    for plan in plans(subject, seed, without):
+        for verdict in run(plan, _Quiet(), oracles):
+            count, seconds = count + 1, seconds + verdict.seconds
+            held = statuses.get(verdict.check)
+            if held is None or _severity(verdict.status) > _severity(held):
+                statuses[verdict.check] = verdict.status
+                if verdict.status in FAILING:
+                    reasons[verdict.check] = f"{verdict.reproduce} — {verdict.reason}"
+    return Pass(subject.name, seed, statuses, reasons, count, seconds)
+
+
+_ORDER = (Status.NOT_APPLICABLE, Status.SKIPPED, Status.VERIFIED, Status.ERROR, Status.VACUOUS, Status.FAILED)
+
+
+def _severity(status: Status) -> int:
+    return _ORDER.index(status)
+
+
+# What a worker process keeps between passes.
+_ORACLES: Oracles = {}
+
+
+def start_worker() -> None:
+    """Prepare a process that runs passes: one thread, and nothing printed."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def pass_of_mutant(name: str, without: frozenset[str] = frozenset()) -> Pass:
+    """The pass of the mutant called `name`, on SEED."""
+    with mutant_subject(mutant_called(name)) as subject:
+        return one_pass(subject, SEED, without, _ORACLES)
+
+
+def pass_of_unpatched(without: frozenset[str] = frozenset()) -> Pass:
+    """The pass of a copy without any patch: what a check says of it, it would say of a mutant for no reason."""
+    with mutant_subject(Mutant("none", "", "optimized", "no patch", "", ())) as subject:
+        return one_pass(subject, SEED, without, _ORACLES)
+
+
+def passes_of_right(seed: int, without: frozenset[str] = frozenset()) -> list[Pass]:
+    """The passes of every right subject on `seed`, which share its oracles."""
+    oracles: Oracles = {}
+    return [one_pass(resolve_subject(name), seed, without, oracles) for name in RIGHT]
+
+
+def mutant_called(name: str) -> Mutant:
+    """The mutant of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for mutant in MUTANTS:
+        if mutant.name == name:
+            return mutant
+    raise ValueError(f"There is no mutant {name!r}; `v32 mutants --list` names them.")
+
+
+def select_mutants(names: list[str]) -> list[Mutant]:
+    """Mutants by name, by entry of the catalogue (A01), or by group (A); "all" stands for every one.
+
+    Raises:
+        ValueError: a word that names nothing.
+    """
+    for word in names:
+        if word != "all" and not any(_named(mutant, word) for mutant in MUTANTS):
+            raise ValueError(
+                f"--only names {word!r}; it must be a mutant, an entry such as A01, a group (A, B, C, D, E), or all."
+            )
+    return [mutant for mutant in MUTANTS if "all" in names or any(_named(mutant, word) for word in names)]
+
+
+def _named(mutant: Mutant, word: str) -> bool:
+    return word in (mutant.name, mutant.entry) or (len(word) == 1 and mutant.entry.startswith(word))

@@ -1,0 +1,28 @@
+"""What a mutant is: our own code with one known bug, and the public record of that bug."""
+
+from dataclasses import dataclass
+
+from .patching import Patch
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One known bug as patches of a few lines.
+
+    entry: the bug's number in the catalogue of public bugs (spec 5.2), or "" for a kind of fault that is in no list.
+    of: which of the two models is built from the changed copy, "reference" or "optimized".
+    source: where the bug is on record, or "generic".
+    """
+
+    name: str
+    entry: str
+    of: str
+    what: str
+    source: str
+    patches: tuple[Patch, ...]
+
+
+def bug(entry: str, name: str, of: str, what: str, source: str, *patches: tuple[str, str, str]) -> Mutant:
+    """A mutant called `<entry>-<name>`, with its patches as (file, old, new)."""
+    full = f"{entry}-{name}" if entry else name
+    return Mutant(full, entry, of, what, source, tuple(Patch(*patch) for patch in patches))
