@@ -1,0 +1,1 @@
+"""Properties that hold of a single implementation: what may not matter does not, what must matter does."""
