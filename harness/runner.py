@@ -8,7 +8,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -113,14 +113,18 @@ def select_cases(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]
     return of_models, of_operators
 
 
-Oracles = dict[tuple[str, str, str], Oracle]
+@dataclass(slots=True)
+class Oracles:
+    """What does not depend on the subject, by mode, case and dtype, for the next subject on the same weights and seed."""
+
+    models: dict[tuple[str, str, str], Oracle] = field(default_factory=dict)
+    benches: dict[tuple[str, str, str], OperatorBench] = field(default_factory=dict)
 
 
 def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verdict]:
     """Run the plan; one verdict a check, as each is reached.
 
-    `oracles` keeps every oracle for the next subject on the same config, weights and seed; without it each is freed
-    before the next is made.
+    `oracles` keeps everything that does not depend on the subject; without it each oracle is freed before the next.
     """
     oracle: Oracle | None = None
     held: tuple[str, str, str] | None = None
@@ -128,20 +132,23 @@ def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verd
     for mode, case_name, dtype, checks in plan.steps():
         if mode == "operators":
             oracle = held = None
-            bench: Bench | OperatorBench = OperatorBench(
-                build_operator_case(case_name, plan.config, seed=plan.seed, length=plan.length, batch=plan.batch),
-                plan.subject, DTYPES[dtype], plan.device,
-            )  # fmt: skip
-            yield from _judged(checks, bench, mode, plan, sink, lacking)
+            key = (mode, case_name, dtype)
+            kept = None if oracles is None else oracles.benches.get(key)
+            if kept is None:
+                case = build_operator_case(case_name, plan.config, seed=plan.seed, length=plan.length, batch=plan.batch)
+                kept = OperatorBench(case, plan.subject, DTYPES[dtype], plan.device)
+            if oracles is not None:
+                oracles.benches[key] = kept
+            yield from _judged(checks, kept.of_another(plan.subject), mode, plan, sink, lacking)
             continue
         if held != (mode, case_name, dtype) or oracle is None:
             held = (mode, case_name, dtype)
             # The previous oracle's gradients are freed before the next is made.
-            oracle = None if oracles is None else oracles.get(held)
+            oracle = None if oracles is None else oracles.models.get(held)
             if oracle is None:
                 oracle = Oracle(_case(plan, mode, case_name), plan.state, plan.device, DTYPES[dtype])
             if oracles is not None:
-                oracles[held] = oracle
+                oracles.models[held] = oracle
         bench = Bench(oracle, plan.subject, DTYPES[dtype])
         yield from _judged(checks, bench, mode, plan, sink, lacking)
 

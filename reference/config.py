@@ -9,7 +9,7 @@ misspelt field as an attribute that nothing reads.
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ClassVar, Self
 
 import torch
@@ -103,6 +103,13 @@ def _errors_as_sentences(cls: type[Any]) -> type[Any]:
     return cls
 
 
+@cache
+def _generation_fields() -> frozenset[str]:
+    """What transformers may keep of a generation config; it takes a hundred times longer to find than to check."""
+    found = (*GenerationConfig().to_dict(), *GenerationConfig._get_default_generation_params())
+    return frozenset(found)
+
+
 @_errors_as_sentences
 @strict
 class DeepseekV32Config(UpstreamDeepseekV32Config):
@@ -156,8 +163,9 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
     @classmethod
     def known_fields(cls) -> set[str]:
         """Every name a config.json or a constructor call may hold."""
-        generation = set(GenerationConfig().to_dict()) | set(GenerationConfig._get_default_generation_params())
-        return {f.name for f in fields(cls)} | BASE_KEYS | set(FIXED_FIELDS) | set(DERIVED_FIELDS) | generation
+        return (
+            {f.name for f in fields(cls)} | BASE_KEYS | set(FIXED_FIELDS) | set(DERIVED_FIELDS) | _generation_fields()
+        )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -182,9 +190,10 @@ class DeepseekV32Config(UpstreamDeepseekV32Config):
         Raises:
             ValueError: the first violated rule, as one sentence.
         """
+        known = self.known_fields()
         for name in vars(self):
-            if not name.startswith("_") and name not in self.known_fields():
-                raise ValueError(f"Unknown config field {name!r}{_suggestion(name, self.known_fields())}.")
+            if not name.startswith("_") and name not in known:
+                raise ValueError(f"Unknown config field {name!r}{_suggestion(name, known)}.")
         for name, official in FIXED_FIELDS.items():
             _require(getattr(self, name, official) == official, name, getattr(self, name, official), repr(official))
         for name in (

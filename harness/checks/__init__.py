@@ -1,5 +1,14 @@
 """The checks, one family a file, in the order in which they run."""
 
+from ..probes import (
+    model_choices,
+    model_config,
+    model_decode,
+    model_invariance,
+    model_isolation,
+    model_positions,
+    model_training,
+)
 from ..probes import operators as operator_probes
 from . import choices, finite, first_layer, operators, parity, training, whole
 from .base import Answer, Bench, Check, Oracle, SubjectError
@@ -12,6 +21,13 @@ CHECKS: list[Check] = [
     *whole.CHECKS,
     *training.CHECKS,
     *operators.CHECKS,
+    *model_isolation.CHECKS,
+    *model_invariance.CHECKS,
+    *model_positions.CHECKS,
+    *model_decode.CHECKS,
+    *model_choices.CHECKS,
+    *model_config.CHECKS,
+    *model_training.CHECKS,
     *operator_probes.CHECKS,
 ]
 FAMILIES = tuple(dict.fromkeys(check.family for check in CHECKS))

@@ -21,7 +21,7 @@ from ..environment import capture
 from ..verify import REPORT_FILE, USAGE_ERROR, command_line
 from . import matrix
 from .coverage import coverage
-from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, passes_of_right, select_mutants
+from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, pass_of_right, select_mutants
 from .mutant import Mutant
 
 FAMILY = "mutants"
@@ -74,7 +74,7 @@ def mutants(request: Request, console: Console) -> int:
         return USAGE_ERROR
     command = command_line("mutants")
     header = {
-        "subject": f"{len(chosen)} mutants, {request.seeds} seeds of {' and '.join(RIGHT)}",
+        "subject": f"{len(chosen)} mutants, {request.seeds} seeds of {' and '.join(dict.fromkeys(RIGHT))}",
         "claim": "every mutant is killed" + (", no right subject raises an alarm" if request.seeds else ""),
         "config": matrix.CONFIG,
         "device": "cpu",
@@ -87,7 +87,7 @@ def mutants(request: Request, console: Console) -> int:
         "command": " ".join(command),
         "environment": capture(command, seeds={"mutants": SEED, "false alarms": HELD_OUT.start}),
     }
-    total = len(chosen) + len(RIGHT) * bool(request.seeds)
+    total = len(chosen) + len(set(RIGHT[: request.seeds]))
     try:
         with RunWriter(request.out / RUN_FILE, header) as writer, Progress(console, total=total) as progress:
             for verdict in run_mutants(chosen, without, request.seeds, request.jobs, progress.start):
@@ -117,7 +117,7 @@ def run_mutants(
         try:
             clean = pool.submit(matrix.pass_of_unpatched, without)
             killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in chosen}
-            alarms = [pool.submit(passes_of_right, seed, without) for seed in HELD_OUT[:seeds]]
+            alarms = [pool.submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
             started("the model without a patch", "")
             unpatched = clean.result()
             for done in as_completed(killed):
@@ -127,9 +127,9 @@ def run_mutants(
                 example = _timed_result(killed)
                 passes = []
                 for i, future in enumerate(as_completed(alarms)):
-                    passes += future.result()
+                    passes.append(future.result())
                     started("false alarms", f"{i + 1} of {seeds} seeds")
-                for name in RIGHT:
+                for name in dict.fromkeys(found.subject for found in passes):
                     yield alarms_verdict(name, [p for p in passes if p.subject == name], example)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -172,7 +172,8 @@ class OperatorBench:
     def __init__(self, case: OperatorCase, subject: Subject, dtype: torch.dtype, device: torch.device) -> None:
         self.case, self.subject, self.dtype, self.device = case, subject, dtype, device
         self._calls: dict[str, Call] = {}
-        self._held: dict[tuple[str, str, bool], Outcome] = {}
+        self._seen: dict[tuple[str, bool], Outcome] = {}
+        self._plain: dict[tuple[str, str, bool], Outcome] = {}
 
     def of_subject(self, call: Callable[[], T]) -> T:
         """Run what the subject is answerable for.
@@ -201,9 +202,17 @@ class OperatorBench:
             self._calls[form] = getattr(self, f"_{form.replace(', ', '_')}")()
         return self._calls[form]
 
+    def of_another(self, subject: Subject) -> "OperatorBench":
+        """The bench of another subject, which shares everything that does not depend on the subject."""
+        other = OperatorBench(self.case, subject, self.dtype, self.device)
+        other._calls, other._plain = self._calls, self._plain
+        return other
+
     def seen(self, form: str, gradients: bool = False) -> Outcome:
         """The subject on `form`."""
-        return self._once("subject", form, gradients, lambda: self.ask(self.call(form), gradients))
+        if (form, gradients) not in self._seen:
+            self._seen[form, gradients] = self.ask(self.call(form), gradients)
+        return self._seen[form, gradients]
 
     def expected(self, form: str, gradients: bool = False) -> Outcome:
         """The plain definition in fp64 on `form`."""
@@ -216,11 +225,11 @@ class OperatorBench:
         return self._once("baseline", form, gradients, lambda: plain_outcome(self.call(form), gradients=gradients))
 
     def _once(self, who: str, form: str, gradients: bool, run: Callable[[], Outcome]) -> Outcome:
-        if (who, form, True) in self._held and who != "subject":
-            return self._held[who, form, True]
-        if (who, form, gradients) not in self._held:
-            self._held[who, form, gradients] = run()
-        return self._held[who, form, gradients]
+        if (who, form, True) in self._plain:
+            return self._plain[who, form, True]
+        if (who, form, gradients) not in self._plain:
+            self._plain[who, form, gradients] = run()
+        return self._plain[who, form, gradients]
 
     def tensor(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of the case in `dtype` (this bench's) and on this device, laid out as the case's family says."""

@@ -102,7 +102,10 @@ def unseen_rows(notes: Notes, operator: str) -> None:
             untouched = ~(visible & changed).any(-1)
             if not bool(untouched.any()) or not bool((~untouched).any()):
                 continue
-            kinds = {"1e30": HUGE, "other numbers": other_keys(bench, name)}
+            kinds: dict[str, float | Callable[[torch.Tensor], torch.Tensor]] = {
+                "1e30": HUGE,
+                "other numbers": other_keys(bench, name),
+            }
             # A tile of dense attention multiplies what one of its rows sees by a weight of 0 in the others, and 0 · NaN
             # is NaN: that much is granted. Gathered keys have no such excuse.
             if operator == "sparse_mla":

@@ -18,7 +18,7 @@ from harness.mutants.coverage import ENTRIES, OTHERWISE, coverage
 from harness.mutants.matrix import Pass, mutant_called, mutant_subject, select_mutants
 from harness.mutants.mutant import bug
 from harness.mutants.patching import ROOT, Patch, patched_copy, patched_sources
-from harness.runner import run
+from harness.runner import Oracles, run
 from reference import DeepseekV32Config
 from reference.rope import rotary_factor
 from reports.kills import catalogue_cells, kills
@@ -118,7 +118,7 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def oracles():
-    return {}
+    return Oracles()
 
 
 @pytest.mark.parametrize("name", QUICK)

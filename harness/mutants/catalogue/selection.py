@@ -116,8 +116,6 @@ MUTANTS = [
         (ATTENTION, _CHOOSE, "slots_BLK = select_topk(scores_BLS[:, -1:].expand_as(scores_BLS), visible_BLS, self.config.index_topk)")),
     bug("", "random-keys", "reference", "The indexer is not asked.", "harness 1.3 (measured)",
         (ATTENTION, _CHOOSE, "slots_BLK = select_topk(torch.rand_like(scores_BLS), visible_BLS, self.config.index_topk)")),
-    bug("", "negative-zero-below-zero", "optimized", "−0.0 sorts below 0.0.", "spec 2, ties",
-        (TOPK, "raw_Cn = (score_Cn + 0.0).view(integer)", "raw_Cn = score_Cn.contiguous().view(integer)")),
     bug("D14", "replayed-keys-not-used", "reference", "The tape is accepted and the model's own keys are used.",
         "Megatron #5384; miles (index replay)",
         (ATTENTION, "used_BLK = own_BLK if replayed_BLK is None else replayed_BLK\n            candidates", "used_BLK = own_BLK\n            candidates")),
