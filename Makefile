@@ -39,7 +39,7 @@ test: $(STAMP) ## run the fast suites
 
 # In one process, because the perf tests must have the machine to themselves.
 test-all: $(STAMP) $(OTHER)/.built ## run every suite that needs no GPU
-	@$(TEST_ENV) V32_OTHER_PYTHON=$(OTHER)/bin/python $(BIN)/python -m pytest -n 0 -m "not gpu" $(ARGS)
+	@$(TEST_ENV) V32_HYPOTHESIS_PROFILE=$${V32_HYPOTHESIS_PROFILE:-thorough} V32_OTHER_PYTHON=$(OTHER)/bin/python $(BIN)/python -m pytest -n 0 -m "not gpu" $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	@$(BIN)/ruff check

@@ -78,7 +78,7 @@ def run_call(function: Callable[..., Any], call: Call, gradients: bool) -> Outco
     Raises:
         SubjectError: it returned something else than its outputs, or wrote into an argument.
     """
-    arguments = {n: _copy(a) if isinstance(a, torch.Tensor) else a for n, a in call.arguments.items()}
+    arguments = {n: copied(a) if isinstance(a, torch.Tensor) else a for n, a in call.arguments.items()}
     if gradients:
         for name in call.wrt:
             arguments[name].requires_grad_()
@@ -323,7 +323,7 @@ def _cast(argument: Any, dtype: torch.dtype) -> Any:
     return argument.to(dtype) if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
 
 
-def _copy(x: torch.Tensor) -> torch.Tensor:
+def copied(x: torch.Tensor) -> torch.Tensor:
     """A copy in memory of its own with the same strides, gaps and overlaps included."""
     memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage().clone())
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
@@ -334,4 +334,15 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-__all__ = ["FORMS", "OUTPUTS", "PLAIN", "UPSTREAM", "Call", "OperatorBench", "Outcome", "plain_outcome", "run_call"]
+__all__ = [
+    "FORMS",
+    "OUTPUTS",
+    "PLAIN",
+    "UPSTREAM",
+    "Call",
+    "OperatorBench",
+    "Outcome",
+    "copied",
+    "plain_outcome",
+    "run_call",
+]

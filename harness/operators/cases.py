@@ -210,7 +210,7 @@ class OperatorCase:
         """Every key four times on average, where scores are whole numbers."""
         if self.family.scores != "whole numbers":
             return x_BSX
-        return x_BSX[:, self._whole("repeats", 0, max(1, self.sizes.slots // 4), self.sizes.slots).long()]
+        return x_BSX[:, self._whole("repeats", 0, self.sizes.slots // 4, self.sizes.slots).long()]
 
 
 def _causal(s: Sizes, _: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from reference.attention import attention_target
 from reference.indexer import index_scores, select_topk, selected_mask
 
 from .bench import PLAIN, Call, plain_outcome
-from .masked import MaskedAttention
+from .masked import IndexerDivergence, MaskedAttention
 from .plain import Scores, kl_target, visible_keys
 
 Tensors = dict[str, torch.Tensor]
@@ -126,6 +126,11 @@ def _of_indices(call: Call, gradients: bool) -> Iterator[Fault]:
         ("row 0's indices are used for every row", indices[:, :1].expand_as(indices)),
     ):
         yield sentence, _again(call.changed(indices_BLK=other), gradients)
+    if not gradients:
+        kv = call.arguments["kv_BSD"]
+        wider = torch.cat((kv, torch.zeros_like(kv[:, :1])), 1)
+        unmasked = call.changed(kv_BSD=wider, indices_BLK=torch.where(named, indices, slots))
+        yield "index −1 is not masked: it counts as a key of zeros", _again(unmasked, gradients)
 
 
 def _of_bounds(call: Call, gradients: bool) -> Iterator[Fault]:
@@ -341,29 +346,12 @@ def _with_target(
 
 
 def _kl_backward(call: Call) -> Iterator[Fault]:
-    a = call.arguments
-    q, k, w = a["iq_BLJE"], a["ik_BSE"], a["w_BLJ"]
-    target = _Target(call)
-    empty = ~target.visible_BLS.any(-1, keepdim=True)
-    scores = index_scores(q, k, w).masked_fill(~target.visible_BLS & ~empty, -torch.inf)
-    softmax = scores.softmax(-1).masked_fill(~target.visible_BLS, 0.0)
-    assert call.cotangent is not None
-    upstream = float(call.cotangent)
-
-    def gradients(dI_BLS: torch.Tensor, gated: bool = True, by_weight: bool = True) -> Tensors:
-        dots_BLJS = torch.einsum("blje,bse->bljs", q, k)
-        flow = dI_BLS[:, :, None] * (w[..., None] if by_weight else 1.0)
-        flow = flow * (dots_BLJS > 0 if gated else torch.ones_like(dots_BLJS))
-        found = {
-            "iq_BLJE": torch.einsum("bljs,bse->blje", flow, k), "ik_BSE": torch.einsum("bljs,blje->bse", flow, q),
-            "w_BLJ": torch.einsum("bls,bljs->blj", dI_BLS, dots_BLJS.relu() if gated else dots_BLJS),
-        }  # fmt: skip
-        return {name: gradient * upstream for name, gradient in found.items()}
-
-    yield "p is not subtracted: dI = softmax(I)", lambda: gradients(softmax)
-    yield "softmax(I) is missing: dI = −p", lambda: gradients(-target.p)
-    yield "gradient flows through heads that the ReLU shuts", lambda: gradients(softmax - target.p, gated=False)
-    yield "the head weight is missing", lambda: gradients(softmax - target.p, by_weight=False)
+    exact = IndexerDivergence.of(call)
+    right = exact.softmax_BLS - exact.p_BLS
+    yield "p is not subtracted: dI = softmax(I)", lambda: exact.gradients(exact.softmax_BLS)
+    yield "softmax(I) is missing: dI = −p", lambda: exact.gradients(-exact.p_BLS)
+    yield "gradient flows through heads that the ReLU shuts", lambda: exact.gradients(right, gated=False)
+    yield "the head weight is missing", lambda: exact.gradients(right, weighted=False)
 
 
 _FORWARD: dict[str, Callable[[Call, bool], Iterator[Fault]]] = {

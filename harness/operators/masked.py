@@ -1,9 +1,16 @@
-"""Both attentions in one form, with their gradients written out: what the plain definitions leave to autograd.
+"""Attention and divergence with their gradients written out: what the plain definitions leave to autograd.
+
+Both attentions have one form:
 
     z = scale · q · k      P = softmax of z over the visible keys      out = P v
     dP = dout · v      Δ = Σ P dP      dS = scale · P (dP − Δ)      dq = dS k      dk = dSᵀ q      dv = Pᵀ dout
 
-Letters: B batch, L query rows, S key slots, H attention heads, D width of a query or key, V width of a value.
+And the indexer's divergence (spec 3.3), with a_j = q_j · k and I = Σ_j w_j ReLU(a_j):
+
+    dI = softmax(I) − p      dw_j = Σ dI ReLU(a_j)      dq_j = Σ dI w_j 1[a_j > 0] k      dk = Σ dI w_j 1[a_j > 0] q_j
+
+Letters: B batch, L query rows, S key slots, H attention heads, D width of a query or key, V width of a value,
+J indexer heads, E width of an indexer head.
 """
 
 from dataclasses import dataclass
@@ -11,10 +18,10 @@ from functools import cached_property
 
 import torch
 
-from reference.indexer import selected_mask
+from reference.indexer import index_scores, selected_mask
 
 from .bench import Call
-from .plain import visible_keys
+from .plain import kl_target, visible_keys
 
 
 @dataclass(frozen=True)
@@ -84,3 +91,41 @@ class MaskedAttention:
         dkv = dk.sum(2)
         dkv[..., : self.d_v] += dv.sum(2)
         return {"q_BLHD": dq, "kv_BSD": dkv}
+
+
+@dataclass(frozen=True)
+class IndexerDivergence:
+    """One call of indexer_kl in fp64: both distributions over each row's keys, and the gradient that follows."""
+
+    q_BLJE: torch.Tensor
+    k_BSE: torch.Tensor
+    w_BLJ: torch.Tensor
+    softmax_BLS: torch.Tensor
+    p_BLS: torch.Tensor
+    upstream: float
+
+    @classmethod
+    def of(cls, call: Call) -> "IndexerDivergence":
+        """The two distributions of a call; 0 in rows without keys."""
+        a = call.to(torch.float64).arguments
+        indexer = a["iq_BLJE"], a["ik_BSE"], a["w_BLJ"]
+        visible = visible_keys(a["bounds_BL2"], a["ik_BSE"].shape[1], a.get("indices_BLK"))
+        empty = ~visible.any(-1, keepdim=True)
+        softmax = (
+            index_scores(*indexer).masked_fill(~visible & ~empty, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
+        )
+        p = kl_target(a["q_BLHD"], a["k"], a["lse_BLH"], visible, a["scale"])
+        assert call.cotangent is not None
+        return cls(*indexer, softmax, p, float(call.cotangent))
+
+    def gradients(self, dI_BLS: torch.Tensor, *, gated: bool = True, weighted: bool = True) -> dict[str, torch.Tensor]:
+        """Gradients by the name of the argument; without the ReLU's gate, or the head weights, as a fault would have it."""
+        dots_BLJS = torch.einsum("blje,bse->bljs", self.q_BLJE, self.k_BSE)
+        dI_BLS = dI_BLS * self.upstream
+        flow_BLJS = dI_BLS[:, :, None] * (self.w_BLJ[..., None] if weighted else 1.0)
+        flow_BLJS = flow_BLJS * ((dots_BLJS > 0) if gated else torch.ones_like(dots_BLJS))
+        return {
+            "iq_BLJE": torch.einsum("bljs,bse->blje", flow_BLJS, self.k_BSE),
+            "ik_BSE": torch.einsum("bljs,blje->bse", flow_BLJS, self.q_BLJE),
+            "w_BLJ": torch.einsum("bls,bljs->blj", dI_BLS, dots_BLJS.relu() if gated else dots_BLJS),
+        }

@@ -16,8 +16,8 @@ import torch
 from ..budgets import CANCELLATION, MARGIN_FACTOR
 from ..metrics import Errors, errors
 from .bench import PLAIN, Call, Outcome, plain_outcome
-from .masked import MaskedAttention
-from .plain import kl_target, scores_beyond, visible_keys
+from .masked import IndexerDivergence, MaskedAttention
+from .plain import scores_beyond, visible_keys
 
 
 @lru_cache(maxsize=4)
@@ -73,17 +73,17 @@ def _attention(call: Call, exponents: float) -> dict[str, torch.Tensor]:
 def _indexer_kl(call: Call, exponents: float) -> dict[str, torch.Tensor]:
     a = call.arguments
     visible = visible_keys(a["bounds_BL2"], a["ik_BSE"].shape[1], a.get("indices_BLK"))
-    p = kl_target(a["q_BLHD"], a["k"], a["lse_BLH"], visible, a["scale"])
-    indexer = list(a.values())[:3]
-    scores = PLAIN["index_scores"](*indexer).masked_fill(~visible, -torch.inf)
-    softmax = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~visible, 0.0)
+    exact = IndexerDivergence.of(call)
+    indexer = exact.q_BLJE, exact.k_BSE, exact.w_BLJ
+    softmax, p = exact.softmax_BLS, exact.p_BLS
     seen = PLAIN["index_scores"](*(x.abs() for x in indexer)).masked_fill(~visible, 0.0)
     pattern = "blhd,bsd->blhs" if a["k"].dim() == 3 else "blhd,bshd->blhs"
     logits = torch.einsum(pattern, a["q_BLHD"].abs(), a["k"].abs()).amax(2) * abs(a["scale"])
     assert call.cotangent is not None
     sizes = _score_sizes(call, (softmax * (1 + exponents * seen) + p * (1 + exponents * logits)) * call.cotangent.abs())
-    # −log p is at most the logits' range, and −log softmax at most the scores'.
-    kl = (p * (logits + seen)).sum(-1) + seen.amax(-1)
+    # Of n keys −log p is at most ln n and the logits' range, and −log softmax ln n and the scores'.
+    choices = visible.sum(-1, keepdim=True).clamp_min(1).log()
+    kl = (p * (logits + seen + 2 * choices)).sum(-1) + seen.amax(-1)
     return {"kl": kl, "kl_sum": kl.sum(), "iq_BLJE": sizes["q"], "ik_BSE": sizes["k"], "w_BLJ": sizes["w"]}
 
 
@@ -96,6 +96,14 @@ _SIZES = {
 def rounding(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What rounding may do to a sum in `dtype` whose terms have these sizes."""
     return size * CANCELLATION[dtype]
+
+
+def rounding_share(call: Call, name: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> float:
+    """How two results of one `call` differ in its output or gradient `name`, as a share of what rounding may do to each."""
+    allowed = 2 * rounding(term_sizes(call, dtype)[name], dtype)
+    off = (a.double() - b.double()).abs()
+    share = torch.where(off == 0, 0.0, off / allowed)
+    return float(share.nan_to_num(nan=torch.inf).max()) if share.numel() else 0.0
 
 
 def cancellation_errors(size: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> Errors:

@@ -44,6 +44,12 @@ def other_choices(tape: Decisions, case: Case, experts: int, generator: torch.Ge
     return Decisions(tuple(layers))
 
 
+def mixed(keys: Decisions, experts: Decisions) -> Decisions:
+    """The keys of one tape and the experts of another."""
+    pairs = zip(keys, experts, strict=True)
+    return Decisions(tuple(LayerDecisions(one.topk_indices, other.expert_indices) for one, other in pairs))
+
+
 def tape(side: Side, notes: Notes) -> None:
     """What a model reports as its choices is what it used; a tape is used, and does not become its own choice."""
     generator = side.generator()
@@ -53,20 +59,25 @@ def tape(side: Side, notes: Notes) -> None:
         free = side.see(model, case)
         assert free.decisions is not None
         again = side.see(model, case, tape=free.decisions)
-        other = side.see(model, case, tape=other_choices(free.decisions, case, side.config.n_routed_experts, generator))
-        assert other.decisions is not None
+        elsewhere = other_choices(free.decisions, case, side.config.n_routed_experts, generator)
+        tapes = {"other experts": mixed(free.decisions, elsewhere)}
+        if sparse:
+            tapes["other keys"] = mixed(elsewhere, free.decisions)
+        others = {kind: side.see(model, case, tape=new) for kind, new in tapes.items()}
         mode = "sparse" if sparse else "dense"
         notes.same(
             f"{mode}, replayed", again.logits.flatten(0, 1), free.logits.flatten(0, 1), CONTENT,
-            {"another tape": (other.logits.flatten(0, 1), free.logits.flatten(0, 1))},
+            {kind: (seen.logits.flatten(0, 1), free.logits.flatten(0, 1)) for kind, seen in others.items()},
         )  # fmt: skip
         every_BL = torch.ones_like(case.input_ids, dtype=torch.bool)
         notes.few_flips(f"{mode}, replayed", again.decisions, free.decisions, every_BL)
         notes.count("unreachable keys", mode, unreachable(free.decisions, case, side.device), 0.0)
         if sparse:
+            replayed = others["other keys"].decisions
+            assert replayed is not None
             # The first layer has seen no choice yet.
-            replayed, own = (Decisions((LayerDecisions(d[0].topk_indices),)) for d in (other.decisions, free.decisions))
-            notes.few_flips("sparse, another tape", replayed, own, every_BL)
+            first, own = (Decisions((LayerDecisions(d[0].topk_indices),)) for d in (replayed, free.decisions))
+            notes.few_flips("sparse, other keys", first, own, every_BL)
 
 
 def nested(side: Side, notes: Notes) -> None:
@@ -81,18 +92,20 @@ def nested(side: Side, notes: Notes) -> None:
         assert seen.decisions is not None
         chosen.append([layer.topk_indices for layer in seen.decisions])
     visible_L = torch.arange(1, case.input_ids.shape[1] + 1)
+    for k, layers in zip(sizes, chosen, strict=True):
+        counts = [(keys >= 0).sum(-1).cpu() for keys in layers if keys is not None]
+        wrong, most = (sum(int((n != visible_L.clamp_max(m)).sum()) for n in counts) for m in (k, k + 1))
+        notes.count("rows with another number of keys", f"{k} keys", float(wrong), 0.0, {"one key fewer": float(most)})
     for i, (few, many) in enumerate(pairwise(chosen)):
-        outside = total = wrong_count = scattered = 0
+        outside = total = scattered = 0
         for a, b in zip(few, many, strict=True):
             assert a is not None and b is not None, "sparse mode reports its keys"
             found = (a[..., :, None] == b[..., None, :]).any(-1) | (a < 0)
             outside, total = outside + int((~found).any(-1).sum()), total + found[..., 0].numel()
-            wrong_count += int(((b >= 0).sum(-1) != visible_L.clamp_max(sizes[i + 1]).to(b.device)).sum())
             noise = (torch.rand(a.shape, generator=generator) * visible_L[:, None]).to(a)
             scattered += int((~(noise[..., :, None] == b[..., None, :]).any(-1)).any(-1).sum())
         where = f"{sizes[i]} of {sizes[i + 1]} keys"
         notes.count("rows not nested", where, outside / total, FLIPS, {"random keys": scattered / total})
-        notes.count("rows with another number of keys", where, float(wrong_count), 0.0, {"one key more": float(total)})
 
 
 def lengths(side: Side, notes: Notes) -> None:
@@ -105,14 +118,13 @@ def lengths(side: Side, notes: Notes) -> None:
         tape=only_experts(sparse.decisions),
     )
     k = side.k
-    # The row at index k sees k + 1 keys; in a layer alone it would drop one of them.
-    notes.same(
-        "rows up to k", sparse.logits[:, :k].flatten(0, 1), dense.logits[:, :k].flatten(0, 1), side.shapes,
-        {
-            "rows behind k": (sparse.logits[:, k:].flatten(0, 1), dense.logits[:, k:].flatten(0, 1)),
-            "row k + 1": (sparse.logits[:, : k + 1].flatten(0, 1), dense.logits[:, : k + 1].flatten(0, 1)),
-        },
-    )  # fmt: skip
+    nulls = {"rows behind k": (sparse.logits[:, k:].flatten(0, 1), dense.logits[:, k:].flatten(0, 1))}
+    if "tape" in side.can:
+        # The first row that sees k + 1 keys drops one of them: too little to see where choices may flip.
+        one_more = (seen.logits[:, : k + 1].flatten(0, 1) for seen in (sparse, dense))
+        nulls["row k + 1"] = next(one_more), next(one_more)
+    rows_NW, dense_NW = (seen.logits[:, :k].flatten(0, 1) for seen in (sparse, dense))
+    notes.same("rows up to k", rows_NW, dense_NW, side.shapes, nulls)
 
 
 def equal_experts(state: State) -> State:
@@ -132,12 +144,7 @@ def routed_weights(side: Side, notes: Notes) -> None:
     free = side.see(model, case)
     assert free.decisions is not None
     elsewhere = other_choices(free.decisions, case, side.config.n_routed_experts, side.generator())
-    rerouted = Decisions(
-        tuple(
-            LayerDecisions(own.topk_indices, new.expert_indices)
-            for own, new in zip(free.decisions, elsewhere, strict=True)
-        )
-    )
+    rerouted = mixed(free.decisions, elsewhere)
     seen = side.see(model, case, tape=rerouted)
     unequal = side.model(**fields)
     unequal_free = side.see(unequal, case, tape=free.decisions)

@@ -11,11 +11,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from reference import Decisions
+
 from ..cases import Case
 from ..observe import Observation
-from .model_invariance import placed
+from .model_invariance import placed, row_of
 from .model_isolation import packed
-from .model_sides import Notes, Side, feed, probe
+from .model_sides import Notes, Side, each, feed, padded, probe, stacked
 
 # Few keys a row, so that a decode token by token is soon past them.
 FEWER_KEYS = 8
@@ -98,27 +100,40 @@ def decode_padded(side: Side, notes: Notes) -> None:
     length, short = 3 * k + 1, 2 * k
     model = side.model(index_topk=k).eval()
     text = side.case(length=length, index_topk=k)
-    for name, before in (("left-padded", length - short), ("pads in the middle", 0)):
-        case, real_BL = placed(text, short, before)
-        if before == 0:
-            # The prompt's pads stand between it and what follows, which needs its positions said.
-            case, real_BL = _split(case, real_BL, short - 4)
-        base = side.see(model, case, kl=True)
+    lone = [side.see(model, row_of(text, 0, 0, short), kl=True), side.see(model, row_of(text, 1), kl=True)]
+    pads = range(short, length)
+    for name, order in {
+        "left-padded": [*pads, *range(short)],
+        # A prompt padded on the right, and what follows it, whose positions must be said.
+        "pads in the middle": [*range(short - 4), *pads, *range(short - 4, short)],
+    }.items():
+        case, _ = placed(text, short, 0)
+        case, tape = reordered(case, stacked([padded(lone[0].decisions, 0, len(pads)), lone[1].decisions]), order)
+        if name == "pads in the middle":
+            counted = (case.real_BL.long().cumsum(1) - 1).clamp_min(0)
+            case = replace(case, position_ids=counted)
+        logits = torch.zeros(2, length, lone[0].logits.shape[-1]).to(lone[0].logits)
+        logits[case.real_BL] = torch.cat([seen.logits[0] for seen in lone])
+        kl = None if lone[0].kl_loss is None else mean_kl(lone, (short, length))
         for way, sizes in chunkings(k, length).items():
             if way != "token by token":
+                base = Observation(logits, logits.new_zeros(()), kl_loss=kl, decisions=tape)
                 through_the_cache(side, notes, model, case, base, f"{name}, {way}", sizes)
 
 
-def _split(case: Case, real_BL: torch.Tensor, prompt: int) -> tuple[Case, torch.Tensor]:
-    """The first batch row's tokens from `prompt` on moved to the row's end, pads in between."""
-    length = real_BL.shape[1]
-    rest = int(real_BL[0].sum()) - prompt
-    order = [*range(prompt), *range(prompt + rest, length), *range(prompt, prompt + rest)]
-    ids, labels, mask = (x.clone() for x in (case.input_ids, case.labels, real_BL))
-    for x in (ids, labels, mask):
-        x[0] = x[0, order]
-    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return replace(case, input_ids=ids, labels=labels, attention_mask=mask.long(), position_ids=positions), mask
+def mean_kl(seen: list[Observation], rows: tuple[int, ...]) -> torch.Tensor:
+    """The KL loss of all rows together, from that of each part and how many rows it has."""
+    parts = [one.kl_loss * n for one, n in zip(seen, rows, strict=True) if one.kl_loss is not None]
+    return torch.stack(parts).sum() / sum(rows)
+
+
+def reordered(case: Case, tape: Decisions | None, order: list[int]) -> tuple[Case, Decisions | None]:
+    """The first batch row's tokens, and its part of the tape, in another order."""
+    moved = {}
+    for name in ("input_ids", "labels", "attention_mask"):
+        moved[name] = getattr(case, name).clone()
+        moved[name][0] = moved[name][0, order]
+    return replace(case, **moved), each(tape, lambda x: torch.cat((x[:1, order], x[1:])))
 
 
 def decode_packed(side: Side, notes: Notes) -> None:

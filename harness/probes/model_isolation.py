@@ -44,8 +44,7 @@ def future_tokens(side: Side, notes: Notes) -> None:
     for sparse in side.modes:
         model = side.model(use_sparse_attention=sparse)
         for length in (side.k, 4 * side.k):
-            case = side.case(length=max(length, 8), use_sparse_attention=sparse)
-            length = case.input_ids.shape[1]
+            case = side.case(length=length, use_sparse_attention=sparse)
             position_L = torch.arange(length)
             base = side.see(model, case)
             places = {1, length // 3, length - 2, int(torch.randint(1, length - 1, (1,), generator=generator))}

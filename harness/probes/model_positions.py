@@ -11,12 +11,12 @@ from torch import nn
 
 from ..cases import Case
 from ..checks.base import State
-from ..checks.whole import changed
-from .model_budgets import FLIPS, KL_OF_ONE_ROW, POSITIONS
-from .model_sides import Notes, Side, only_experts, probe
+from .model_budgets import FLIPS, KL_OF_ONE_ROW, POSITIONS, SHAPES
+from .model_sides import Notes, Side, only_experts, probe, with_ids
 
 # Up to here a shift moves index scores by rounding; far off, angles in fp32 move them by more than near ties.
 NEAR = 1000
+SHUFFLES = 16
 
 
 def shift(side: Side, notes: Notes) -> None:
@@ -74,9 +74,12 @@ def order(side: Side, notes: Notes) -> None:
     As many tokens as there are keys to choose, so that every one is chosen. With the rope lanes of attention at 0 the
     last row's logits are the same, and the KL still changes; with those of the indexer at 0 too it does not.
     """
-    length = max(side.k, 8)
+    length = side.k
     one_layer: dict[str, Any] = {"num_hidden_layers": 1, "index_topk": length}
     case = side.case(length=length, **one_layer)
+    # Bytes of which none stands twice: swapping a byte for itself shows nothing.
+    distinct = [torch.randperm(256, generator=side.generator(row))[:length] for row in range(len(case.input_ids))]
+    case = with_ids(case, torch.stack(distinct))
     order_L = torch.arange(length)
     order_L[[2, length - 3]] = order_L[[length - 3, 2]]
     swapped = replace(case, input_ids=case.input_ids[:, order_L])
@@ -92,7 +95,7 @@ def order(side: Side, notes: Notes) -> None:
     logits = {name: [run[0] for run in runs] for name, runs in seen.items()}
     kl = {name: [run[1] for run in runs if run[1] is not None] for name, runs in seen.items()}
     notes.same(
-        "logits without rope", logits["no rope"][1], logits["no rope"][0], side.shapes,
+        "logits without rope", logits["no rope"][1], logits["no rope"][0], SHAPES,
         {"two tokens swapped": (logits["rope"][1], logits["rope"][0])},
     )  # fmt: skip
     if kl["no rope"]:
@@ -113,19 +116,17 @@ def other_tokens_chosen(side: Side, state: State, case: Case) -> float:
     model = side.model(state=state, **few)
     generator = side.generator()
     orders = [torch.arange(length)]
-    orders += [
-        torch.cat((torch.randperm(length - 1, generator=generator), torch.tensor([length - 1]))) for _ in range(4)
-    ]
-    found = []
-    for order_L in orders:
-        shuffled = replace(case, input_ids=case.input_ids[:, order_L], config=changed(side.config, **few))
-        decisions = side.see(model, shuffled).decisions
-        assert decisions is not None
-        keys = decisions[0].topk_indices
-        assert keys is not None, "sparse mode reports its keys"
-        # As tokens, not as places: of one byte that stands twice either is as good.
-        found.append(shuffled.input_ids.gather(1, keys[:, -1].long().cpu()).sort(-1).values)
-    return float(torch.stack([(other != found[0]).any(-1) for other in found[1:]]).double().mean())
+    for _ in range(SHUFFLES):
+        orders.append(torch.cat((torch.randperm(length - 1, generator=generator), torch.tensor([length - 1]))))
+    # All orders of both texts as one batch.
+    ids = torch.cat([case.input_ids[:, order_L] for order_L in orders])
+    decisions = side.see(model, replace(case, input_ids=ids, labels=ids, config=side.config_of(**few))).decisions
+    assert decisions is not None
+    keys = decisions[0].topk_indices
+    assert keys is not None, "sparse mode reports its keys"
+    # As tokens, not as places: of one byte that stands twice either is as good.
+    found = ids.gather(1, keys[:, -1].long().cpu()).sort(-1).values.unflatten(0, (len(orders), -1))
+    return float((found[1:] != found[:1]).any(-1).double().mean())
 
 
 CHECKS = [probe("shift", shift), probe("order", order)]

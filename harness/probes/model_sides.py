@@ -27,24 +27,25 @@ from ..checks.whole import changed
 from ..metrics import SIDES, Errors, errors, rejected
 from ..observe import Observation, observe
 from ..subjects import ALL, Subject, resolve_subject
-from .model_budgets import FLIPS, FREE, LOSSES, POSITIONS, SHAPES
+from .model_budgets import FLIPS, FREE, FREE_LOSSES, LOSSES, POSITIONS, SHAPES
 
 GradientsOf = Mapping[str, torch.Tensor | None]
 # Probes run at several times index_topk, many times; with the published 2048 keys each forward would be of thousands of
 # tokens, and with all layers of a large model each module of gigabytes.
-MOST_KEYS = 16
+LEAST_KEYS, MOST_KEYS = 8, 16
 MOST_LAYERS = 3
 GAIN = "4 % gain"
 # By kind, two tensors that must not pass for the same.
 Nulls = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-OwnErrors = list[tuple[str, Errors]]
+OwnErrors = dict[str, Errors]
+_NONE = Errors(*[0.0] * len(SIDES))
 
 
 class Notes:
     """What one side saw in an experiment. The reference's are its own errors, and the subject's are judged by them."""
 
     def __init__(self, own: OwnErrors | None = None) -> None:
-        self.errors: OwnErrors = []
+        self.errors: OwnErrors = {}
         self._own = own
         self._worst = dict.fromkeys(SIDES, (0.0, ""))
         self._largest: dict[str, Measure] = {}
@@ -61,12 +62,12 @@ class Notes:
         """
         actual, expected = actual.detach(), expected.detach()
         found = errors(actual, expected)
-        self.errors.append((name, found))
+        assert name not in self.errors, f"{name} is noted twice"
+        self.errors[name] = found
         if self._own is None:
             return
-        own_name, own = self._own[len(self.errors) - 1]
-        assert own_name == name, "both sides run the same experiment"
-        allowed = scale(rule, own, expected.numel())
+        # What the reference never met, such as a gradient where it has none, is judged by the floor.
+        allowed = scale(rule, self._own.get(name, _NONE), expected.numel())
         shares = {side: _share(found, allowed, side) for side in SIDES}
         for side, share in shares.items():
             self._worst[side] = max(self._worst[side], (share, name))
@@ -152,14 +153,14 @@ Experiment = Callable[["Side", Notes], None]
 class Side:
     """One implementation in an experiment, the subject or the reference. Both are asked what the subject declares.
 
-    `config` is the case's with at most MOST_KEYS keys a row, `k` of them, and MOST_LAYERS layers, one of them with
-    experts if any is.
+    `config` is the case's with LEAST_KEYS to MOST_KEYS keys a row, `k` of them, and at most MOST_LAYERS layers, one of
+    them with experts if any is.
     """
 
     def __init__(self, bench: Bench, subject: Subject, dtype: torch.dtype | None = None) -> None:
         self.subject, self.device, self.dtype = subject, bench.device, dtype or bench.dtype
         self.can, self.seed, self.state = bench.subject.capabilities, bench.case.seed, bench.oracle.state
-        self.k = min(bench.case.config.index_topk, MOST_KEYS)
+        self.k = max(min(bench.case.config.index_topk, MOST_KEYS), LEAST_KEYS)
         own = bench.case.config
         layers = min(own.num_hidden_layers, max(MOST_LAYERS, own.first_k_dense_replace + 1))
         self.config = changed(own, index_topk=self.k, use_sparse_attention=True, num_hidden_layers=layers)
@@ -172,7 +173,7 @@ class Side:
     @property
     def losses(self) -> Rule:
         """As `shapes`, for a loss."""
-        return LOSSES if "tape" in self.can else FREE
+        return LOSSES if "tape" in self.can else FREE_LOSSES
 
     @property
     def positions(self) -> Rule:
@@ -260,12 +261,12 @@ def only_keys(tape: Decisions | None) -> Decisions | None:
 
 def of_batch(tape: Decisions | None, rows: list[int]) -> Decisions | None:
     """The tape of some rows of the batch."""
-    return _each(tape, lambda x: x[rows])
+    return each(tape, lambda x: x[rows])
 
 
 def padded(tape: Decisions | None, before: int, after: int) -> Decisions | None:
     """The tape of the same rows with padding `before` and `after` them."""
-    return _each(tape, lambda x: nn.functional.pad(x, (0, 0, before, after), value=-1))
+    return each(tape, lambda x: nn.functional.pad(x, (0, 0, before, after), value=-1))
 
 
 def stacked(tapes: Iterable[Decisions | None]) -> Decisions | None:
@@ -297,7 +298,8 @@ def _choices(layer: LayerDecisions) -> tuple[torch.Tensor | None, torch.Tensor |
     return layer.topk_indices, layer.expert_indices
 
 
-def _each(tape: Decisions | None, change: Callable[[torch.Tensor], torch.Tensor]) -> Decisions | None:
+def each(tape: Decisions | None, change: Callable[[torch.Tensor], torch.Tensor]) -> Decisions | None:
+    """The tape with each of its tensors changed."""
     if tape is None:
         return None
     return Decisions(

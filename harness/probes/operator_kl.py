@@ -9,14 +9,12 @@ from itertools import pairwise
 
 import torch
 
-from reference.indexer import index_scores
-
 from ..budgets import budget
 from ..metrics import errors
 from ..operators.bench import Call, OperatorBench, Outcome, plain_outcome
-from ..operators.plain import kl_target
-from ..operators.slack import rounding, term_sizes
-from .operator_sides import Notes, clear_of_kinks, gradients_of, probe, seen_by
+from ..operators.masked import IndexerDivergence
+from ..operators.slack import rounding, rounding_share, term_sizes
+from .operator_sides import Notes, clear_of_kinks, gradients_of, probe
 
 FORMS = ("indexer_kl", "indexer_kl, selected")
 
@@ -102,12 +100,11 @@ def shift(notes: Notes) -> None:
         call = call.changed(iq_BLJE=iq, ik_BSE=ik)
         before, after = (bench.ask(call.changed(w_BLJ=x), gradients) for x in (w, moved))
         notes.same(
-            f"{form}, a constant more", form, _without_constant(after), _without_constant(before),
+            f"{form}, a constant more", call.changed(w_BLJ=moved), form, _without_constant(after), _without_constant(before),
             "a constant added to a row's scores changes the divergence",
         )  # fmt: skip
-        notes.differs(
-            "scores half as large again", form, bench.ask(call.changed(w_BLJ=1.5 * w)), Outcome(before.outputs)
-        )
+        larger = bench.ask(call.changed(w_BLJ=1.5 * w))
+        notes.differs("scores half as large again", call, form, larger, before)
         if gradients:
             rest = float(after.gradient("w_BLJ", w)[..., -1].double().abs().max())
             allowed = float(
@@ -142,7 +139,13 @@ def closed_form(notes: Notes) -> None:
         call = call.changed(iq_BLJE=iq, ik_BSE=ik)
         seen = bench.ask(call, gradients=True)
         own = plain_outcome(call)
-        right, *wrong = _closed(call)
+        exact = IndexerDivergence.of(call)
+        dI_BLS = exact.softmax_BLS - exact.p_BLS
+        right = exact.gradients(dI_BLS)
+        wrong = {
+            "p left out": exact.gradients(exact.softmax_BLS), "softmax(I) left out": exact.gradients(-exact.p_BLS),
+            "the gate of the ReLU left out": exact.gradients(dI_BLS, gated=False),
+        }  # fmt: skip
         for name in call.wrt:
             e = right[name]
             dtype = torch.promote_types(call.arguments[name].dtype, bench.dtype)
@@ -151,29 +154,12 @@ def closed_form(notes: Notes) -> None:
             )
             label = f"{form}, d{name.partition('_')[0]}"
             reason = f"{label} is not softmax(I) − p carried back"
-            notes.measure(f"{label}, share of budget", errors(seen.gradient(name, e), e).used(allowed), 1.0, reason)
-            for kind, other in zip(("p left out", "softmax(I) left out"), wrong, strict=True):
+            share = errors(seen.gradient(name, e), e).used(allowed)
+            if not share <= 1:
+                share = rounding_share(call, name, dtype, seen.gradient(name, e), e)
+            notes.measure(f"{label}, share of budget", share, 1.0, reason)
+            for kind, other in wrong.items():
                 notes.null(kind, not errors(other[name], e).used(allowed) <= 1)
-
-
-def _closed(call: Call) -> list[dict[str, torch.Tensor]]:
-    """The gradient, and the same without p and without softmax(I), in fp64."""
-    a = call.to(torch.float64).arguments
-    q, k, w = a["iq_BLJE"], a["ik_BSE"], a["w_BLJ"]
-    visible = seen_by(call)
-    dots = torch.einsum("blje,bse->bljs", q, k)
-    scores = index_scores(q, k, w).masked_fill(~visible, -torch.inf)
-    softmax = scores.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~visible, 0.0)
-    p = kl_target(a["q_BLHD"], a["k"], a["lse_BLH"], visible, a["scale"])
-    assert call.cotangent is not None
-    found = []
-    for dI in (softmax - p, softmax, -p):
-        flow = (dots > 0) * w[..., None] * dI[:, :, None] * float(call.cotangent)
-        found.append({
-            "iq_BLJE": torch.einsum("bljs,bse->blje", flow, k), "ik_BSE": torch.einsum("bljs,blje->bse", flow, q),
-            "w_BLJ": torch.einsum("bls,bljs->blj", dI * float(call.cotangent), dots.relu()),
-        })  # fmt: skip
-    return found
 
 
 def a_sum_over_rows(notes: Notes) -> None:
@@ -189,15 +175,10 @@ def a_sum_over_rows(notes: Notes) -> None:
         cuts = sorted({0, rows // 4, rows // 2, rows})
         blocks = [slice(a, b) for a, b in pairwise(cuts)]
         parts = [bench.ask(_rows(call, _slicing(here)), gradients) for here in blocks]
-        notes.same(
-            f"{form}, in blocks of rows",
-            form,
-            _summed(parts, call),
-            before,
-            "blocks of rows do not add up to the whole",
-        )
+        reason = "blocks of rows do not add up to the whole"
+        notes.same(f"{form}, in blocks of rows", call, form, _summed(parts, call), before, reason)
         if len(parts) > 1:
-            notes.differs("a block left out", form, _total(parts[:-1]), _total([before]))
+            notes.differs("a block left out", call, form, _total(parts[:-1]), _total([before]))
         for kind, empty in (("rows without keys", True), ("rows with keys", False)):
             longer = bench.ask(_appended(call, empty), gradients and empty)
             cut = Outcome(
@@ -205,9 +186,9 @@ def a_sum_over_rows(notes: Notes) -> None:
                 {n: g if g is None or n == "ik_BSE" else g[:, :rows] for n, g in longer.gradients.items()},
             )
             if not empty:
-                notes.differs("rows with keys appended", form, cut, Outcome(before.outputs))
+                notes.differs("rows with keys appended", call, form, cut, before)
                 continue
-            notes.same(f"{form}, {kind} appended", form, cut, before, "rows without keys change the result")
+            notes.same(f"{form}, {kind} appended", call, form, cut, before, "rows without keys change the result")
             more = [g[:, rows:] for n, g in longer.gradients.items() if g is not None and n != "ik_BSE"]
             extra = sum(float(x.abs().nan_to_num(nan=1.0).sum()) for x in (longer.outputs["kl"][:, rows:], *more))
             notes.measure(

@@ -19,6 +19,7 @@ from ..checks.operators import exact_scores, lse_error, precision
 from ..metrics import errors
 from ..operators.bench import Call, OperatorBench, Outcome
 from ..operators.plain import visible_keys
+from ..operators.slack import rounding_share
 
 # What a call hides or changes: every argument that holds a key or a value.
 KEYS = ("k_BSE", "ik_BSE", "kv_BSD", "k_BSHD", "v_BSHV", "k")
@@ -45,17 +46,19 @@ class Notes:
         self._nulls[kind] = self._nulls.get(kind, True) and seen
 
     def same(
-        self, name: str, form: str, after: Outcome, before: Outcome, reason: str, rows: torch.Tensor | None = None
-    ) -> None:
-        """Two runs must be the same up to rounding, in `rows` `[B, L]` or altogether."""
-        used = shares(self.bench, form, after, before, rows)
-        worst = max(used, key=lambda n: _rank(used[n]))
-        self.measure(f"{name}, {worst}", _rank(used[worst]), 1.0, f"{reason} (seen in {worst})", "of budget")
+        self, name: str, call: Call, form: str, after: Outcome, before: Outcome, reason: str,
+        rows: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Two runs must be the same up to rounding, in `rows` `[B, L]` or altogether; `before` is what `call` gave."""
+        used = shares(self.bench, call, form, after, before, rows)
+        worst = max(used, key=lambda n: used[n])
+        self.measure(f"{name}, {worst}", used[worst], 1.0, f"{reason} (seen in {worst})", "of budget")
 
-    def differs(self, kind: str, form: str, after: Outcome, before: Outcome, rows: torch.Tensor | None = None) -> None:
+    def differs(
+        self, kind: str, call: Call, form: str, after: Outcome, before: Outcome, rows: torch.Tensor | None = None
+    ) -> None:
         """A null candidate: a run whose outputs must not be the same."""
-        outputs = Outcome(before.outputs)
-        self.null(kind, max(map(_rank, shares(self.bench, form, after, outputs, rows).values())) > 1)
+        self.null(kind, max(shares(self.bench, call, form, after, Outcome(before.outputs), rows).values()) > 1)
 
     def answer(self) -> Answer:
         """All of it."""
@@ -63,19 +66,15 @@ class Notes:
         return Answer(self._measures, nulls, "; ".join(dict.fromkeys(self._reasons)), self.data)
 
 
-def _rank(share: float) -> float:
-    return float("inf") if share != share else share
-
-
 def shares(
-    bench: OperatorBench, form: str, after: Outcome, before: Outcome, rows: torch.Tensor | None = None
+    bench: OperatorBench, call: Call, form: str, after: Outcome, before: Outcome, rows: torch.Tensor | None = None
 ) -> dict[str, float]:
     """By output and gradient: the share of its budget that the difference of two runs takes.
 
-    With `rows` only outputs of these rows count. An index counts when its score is clear of the boundary.
+    With `rows` only outputs of these rows count. An index counts when its score is clear of the boundary. `form` is the
+    call of the bench whose budgets apply, `call` the one that gave `before`.
     """
-    call, with_gradients = bench.call(form), bool(before.gradients)
-    expected, own = (f(form, with_gradients) for f in (bench.expected, bench.baseline))
+    expected, own = (f(form, bool(before.gradients)) for f in (bench.expected, bench.baseline))
     found = {}
     for name, b in before.outputs.items():
         if rows is not None and b.dim() < 2:
@@ -86,20 +85,19 @@ def shares(
         if rows is not None:
             a = torch.where(rows.reshape(*rows.shape, *[1] * (b.dim() - 2)), a, b)
         if name == "indices":
-            found[name] = float(clear_differences(bench, a, b)) * 2
+            found[name] = 2.0 * clear_differences(bench, a, b)
         elif name == "lse":
-            allowed = scalar_budget(
-                f"{call.operator} lse", torch.float32, lse_error(own.outputs[name], expected.outputs[name])
-            )
-            found[name] = lse_error(a, b.double()) / allowed
+            own_error = lse_error(own.outputs[name], expected.outputs[name])
+            share = lse_error(a, b.double()) / scalar_budget(f"{call.operator} lse", torch.float32, own_error)
+            found[name] = share if share <= 1 else min(share, _rounded_share(call, name, torch.float32, a, b))
         else:
             found[name] = _share(bench, call, name, call.operator, a, b, own.outputs[name], expected.outputs[name])
-    for name, gradient in before.gradients.items():
-        if rows is None:
-            e = expected.gradient(name, call.arguments[name])
-            b = torch.zeros_like(e) if gradient is None else gradient
-            a, o = after.gradient(name, b), own.gradient(name, e)
-            found[f"d{name.partition('_')[0]}"] = _share(bench, call, name, f"{call.operator} gradients", a, b, o, e)
+    for name, gradient in before.gradients.items() if rows is None else ():
+        e = expected.gradient(name, call.arguments[name])
+        b = torch.zeros_like(e) if gradient is None else gradient
+        a, o = after.gradient(name, b), own.gradient(name, e)
+        label = f"d{name.partition('_')[0]}"
+        found[label] = _share(bench, call, name, f"{call.operator} gradients", a, b, o, e)
     return found
 
 
@@ -107,8 +105,20 @@ def _share(
     bench: OperatorBench, call: Call, name: str, rule: str, a: torch.Tensor, b: torch.Tensor, own: torch.Tensor,
     expected: torch.Tensor,
 ) -> float:  # fmt: skip
-    allowed = budget(rule, precision(bench, call, name), errors(own, expected), expected.numel(), bench.device.type)
-    return errors(a, b.double()).used(allowed)
+    dtype = precision(bench, call, name)
+    allowed = budget(rule, dtype, errors(own, expected), expected.numel(), bench.device.type)
+    share = errors(a, b.double()).used(allowed)
+    # Of a result that cancels an error relative to it says nothing.
+    return (
+        share if share <= 1 else min(float("inf") if share != share else share, _rounded_share(call, name, dtype, a, b))
+    )
+
+
+def _rounded_share(call: Call, name: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> float:
+    same_places = torch.equal(torch.isfinite(a), torch.isfinite(b))
+    if not same_places:
+        return float("inf")
+    return rounding_share(call, name, dtype, a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0))
 
 
 def clear_differences(bench: OperatorBench, a_BLK: torch.Tensor, b_BLK: torch.Tensor) -> int:

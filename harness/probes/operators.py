@@ -14,8 +14,9 @@ from reference.indexer import selected_mask
 
 from ..budgets import DERIVATIVES
 from ..checks.base import Check, SubjectError
-from ..operators.bench import OUTPUTS, Call, OperatorBench, Outcome
+from ..operators.bench import OUTPUTS, Call, OperatorBench, Outcome, copied
 from ..operators.cases import OperatorCase
+from ..operators.slack import term_sizes
 from . import operator_attention, operator_kl
 from .operator_sides import (
     Notes,
@@ -58,16 +59,12 @@ def hidden_keys(notes: Notes, operator: str) -> None:
         draw = other_keys(bench, "hidden keys")
         for kind, value in (("NaN", NOT_A_NUMBER), ("1e30", HUGE), ("other numbers", draw)):
             after = bench.ask(with_keys(call, hidden, value), gradients)
-            where = "1 or more of −1, of the bounds and of the mask do not keep it out"
-            notes.same(
-                f"{kind} in hidden keys",
-                form,
-                after,
-                before,
-                f"{kind} in a key that no row sees reaches the result: {where}",
+            reason = (
+                f"{kind} in a key that no row sees reaches the result: −1, the bounds or the mask do not keep it out"
             )
+            notes.same(f"{kind} in hidden keys", call, form, after, before, reason)
         seen = bench.ask(with_keys(call, ~hidden, draw))
-        notes.differs("other numbers in seen keys", form, seen, before)
+        notes.differs("other numbers in seen keys", call, form, seen, before)
 
 
 def columns(notes: Notes, operator: str) -> None:
@@ -79,8 +76,9 @@ def columns(notes: Notes, operator: str) -> None:
     for kind, value in (("NaN", NOT_A_NUMBER), ("1e30", HUGE), ("other numbers", other_keys(bench, "columns"))):
         after = bench.ask(with_keys(call, changed, value))
         kept = Outcome({"I": torch.where(changed, before.outputs["I"], after.outputs["I"])})
-        notes.same(f"{kind} in other keys", operator, kept, before, f"{kind} in one key reaches the scores of another")
-        notes.differs("the key itself", operator, after, before)
+        reason = f"{kind} in one key reaches the scores of another"
+        notes.same(f"{kind} in other keys", call, operator, kept, before, reason)
+        notes.differs("the key itself", call, operator, after, before)
 
 
 def unseen_rows(notes: Notes, operator: str) -> None:
@@ -115,9 +113,9 @@ def unseen_rows(notes: Notes, operator: str) -> None:
                 reason = (
                     f"{kind} in {name} reach rows that do not see them: they look at the future, or across documents"
                 )
-                notes.same(f"{kind} in {name}", form, after, before, reason, untouched)
+                notes.same(f"{kind} in {name}", call, form, after, before, reason, untouched)
             after = bench.ask(with_keys(call, changed, other_keys(bench, name)))
-            notes.differs("rows that see the keys", form, after, before, ~untouched)
+            notes.differs("rows that see the keys", call, form, after, before, ~untouched)
 
 
 def _middle(visible_BLS: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -136,19 +134,19 @@ def batches(notes: Notes, operator: str) -> None:
         call, before = bench.call(form), bench.seen(form, gradients)
         turned = _entries(call, lambda x: x.flip(0))
         after = _of_outcome(bench.ask(turned, gradients), lambda x: x.flip(0))
-        notes.same("entries in reverse order", form, after, before, "an entry depends on its place in the batch")
+        notes.same("entries in reverse order", call, form, after, before, "an entry depends on its place in the batch")
         size = bench.case.sizes.batch
         single = [bench.ask(_entries(call, _entry(b)), gradients) for b in range(size)]
         alone = Outcome(
             {n: _merge([one.outputs[n] for one in single]) for n in before.outputs},
             {n: _merge([one.gradient(n, call.arguments[n][:1]) for one in single]) for n in before.gradients},
         )
-        notes.same("entries one by one", form, alone, before, "an entry depends on the others in its batch")
+        notes.same("entries one by one", call, form, alone, before, "an entry depends on the others in its batch")
         if size > 1:
-            notes.differs("results in the wrong order", form, _of_outcome(before, lambda x: x.roll(1, 0)), before)
+            notes.differs("results in the wrong order", call, form, _of_outcome(before, lambda x: x.roll(1, 0)), before)
         name = OUTPUTS[operator][0] if operator != "indexer_topk" else "lse"
         more = {**before.outputs, name: before.outputs[name] * 1.04}
-        notes.differs("4 % more", form, Outcome(more), Outcome(before.outputs))
+        notes.differs("4 % more", call, form, Outcome(more), Outcome(before.outputs))
 
 
 def _entry(b: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -241,7 +239,7 @@ def bitwise(notes: Notes, operator: str) -> None:
             "a run after a longer input gives other bits: a buffer is stale",
             "entries",
         )
-        other = _entries(call, lambda x: x.roll(1, 1) if x.dim() > 1 and x.is_floating_point() else x)
+        other = call.changed(**{n: _rolled(x) for n, x in call.arguments.items() if _numbers(x)})
         fresh = bench.ask(other)
         stale = _bits_apart(_in_the_same_memory(bench, call, other), fresh)
         notes.measure(
@@ -255,16 +253,26 @@ def bitwise(notes: Notes, operator: str) -> None:
         notes.null("one unit in the last place", _bits_apart(_nudged(first), first) == 1)
 
 
+def _numbers(argument: object) -> bool:
+    """Whether an argument holds numbers that can be written over: expanded memory cannot."""
+    return isinstance(argument, torch.Tensor) and argument.is_floating_point() and 0 not in argument.stride()
+
+
+def _rolled(x: torch.Tensor) -> torch.Tensor:
+    """x with its second axis moved on by one, in memory that is laid out like x's."""
+    return copied(x).copy_(x.roll(1, 1))
+
+
 def _in_the_same_memory(bench: OperatorBench, call: Call, other: Call) -> Outcome:
     """What the subject answers to `other` written over the memory in which it was given `call` just before."""
-    held = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in call.arguments.items()}
+    held = {n: copied(x) if isinstance(x, torch.Tensor) else x for n, x in call.arguments.items()}
 
     def twice() -> Any:
         function = bench.subject.operators[call.operator]
         with torch.no_grad():
             function(*held.values())
             for name, x in held.items():
-                if isinstance(x, torch.Tensor):
+                if _numbers(x):
                     x.copy_(other.arguments[name])
             return function(*held.values())
 
@@ -291,14 +299,14 @@ def _bits_apart(a: Outcome, b: Outcome) -> int:
 def _nudged(outcome: Outcome) -> Outcome:
     name = "lse" if "indices" in outcome.outputs else next(iter(outcome.outputs))
     x = outcome.outputs[name].clone()
-    place = int(torch.isfinite(x).flatten().nonzero()[0])
+    place = int(torch.isfinite(x).flatten().byte().argmax())
     flat = x.flatten()
     flat[place] = torch.nextafter(flat[place], torch.full_like(flat[place], torch.inf))
     return Outcome({**outcome.outputs, name: flat.view(x.shape)}, outcome.gradients)
 
 
 def derivatives(notes: Notes, operator: str) -> None:
-    """The gradient along a random direction is what central differences say, one argument at a time.
+    """The gradient along a direction of random lengths is what central differences say, one argument at a time.
 
     In fp64 where the operator computes in it, else in fp32 with a longer step. Indices are frozen, and dot products of
     the indexer are kept away from the kinks of the ReLU. Null candidates: no gradient, 4 % more, a gradient that lacks
@@ -309,14 +317,17 @@ def derivatives(notes: Notes, operator: str) -> None:
         call = _smooth(bench, form)
         generator = bench.case.generator("directions")
         step, allowed, wide = _precision(bench, call, notes)
-        gradients = bench.ask(wide, gradients=True)
+        gradients, sizes = bench.ask(wide, gradients=True), term_sizes(wide, torch.float32)
         for name in call.wrt:
             x = wide.arguments[name]
             g = gradients.gradient(name, x).double()
-            direction = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-            moved = direction * x.double().square().mean().sqrt()
+            lengths = torch.randn(x.shape, generator=generator, dtype=torch.float64).abs().to(x.device)
+            # Along the gradient's own signs no two shares of the slope cancel, so that a small fault is seen, too.
+            # Rows may be of very different size, and each moves by a share of its own.
+            moved = torch.where(g < 0, -lengths, lengths) * x.double().square().mean(-1, keepdim=True).sqrt()
             slope = (_value(bench, wide, name, moved, step) - _value(bench, wide, name, moved, -step)) / (2 * step)
-            size = max(abs(slope), float((g * moved).norm()))
+            # Where everything cancels, such as with one key a row, rounding is all there is.
+            size = max(abs(slope), abs(float((g * moved).sum()))) + 0.01 * float((sizes[name] * moved.abs()).sum())
 
             def off(
                 gradient: torch.Tensor, slope: float = slope, size: float = size, moved: torch.Tensor = moved
