@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 import optimized
 import optimized.ops
@@ -110,7 +111,8 @@ def load_weights(
     """
     if not isinstance(config, model_class.config_class):
         config = model_class.config_class(**config.to_dict())
-    with torch.device("meta"):
+    # Each weight is replaced below; on "meta" initialising them would take most of the time.
+    with torch.device("meta"), no_init_weights():
         model = model_class(config)
     bias_dtype = torch.promote_types(dtype, torch.float32)
     copies = {

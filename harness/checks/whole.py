@@ -13,13 +13,34 @@ from reports.schema import Measure, NullCandidate
 from ..budgets import SPARSE_IS_DENSE, scale
 from ..metrics import errors, rejected
 from ..observe import observe
-from .base import Answer, Bench, Oracle, whole_model_check
+from .base import Answer, Bench, Oracle, State, whole_model_check
 from .parity import judge_tensor
+
+MOST_LAYERS = 2
 
 
 def changed(config: DeepseekV32Config, **fields: object) -> DeepseekV32Config:
     """A copy of `config` with `fields` replaced."""
     return DeepseekV32Config(**{**config.to_dict(), **fields})
+
+
+def shallow(config: DeepseekV32Config) -> DeepseekV32Config:
+    """A copy of `config` with at most MOST_LAYERS layers, one of them with experts if any is.
+
+    For what runs a model many times: with all layers of a large model each module would be of gigabytes.
+    """
+    layers = min(config.num_hidden_layers, max(MOST_LAYERS, config.first_k_dense_replace + 1))
+    return changed(config, num_hidden_layers=layers)
+
+
+def weights_for(config: DeepseekV32Config, state: State) -> State:
+    """What a model of `config` holds of `state`, the weights of one with at least as many layers."""
+    return {name: tensor for name, tensor in state.items() if layer_of(name) < config.num_hidden_layers}
+
+
+def layer_of(name: str) -> int:
+    """The layer that a tensor of a state belongs to, −1 outside the layers."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
 def sparse_is_dense(bench: Bench) -> Answer:

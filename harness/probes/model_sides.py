@@ -23,7 +23,7 @@ from ..budgets import Rule, scale
 from ..cases import Case, build_case
 from ..checks.base import Answer, Bench, Check, State, whole_model_check
 from ..checks.choices import layout_of
-from ..checks.whole import changed
+from ..checks.whole import changed, shallow, weights_for
 from ..metrics import SIDES, Errors, errors, rejected
 from ..observe import Observation, observe
 from ..subjects import ALL, Subject, resolve_subject
@@ -31,9 +31,8 @@ from .model_budgets import FLIPS, FREE, FREE_LOSSES, LOSSES, POSITIONS, SHAPES
 
 GradientsOf = Mapping[str, torch.Tensor | None]
 # Probes run at several times index_topk, many times; with the published 2048 keys each forward would be of thousands of
-# tokens, and with all layers of a large model each module of gigabytes.
+# tokens.
 LEAST_KEYS, MOST_KEYS = 8, 16
-MOST_LAYERS = 3
 GAIN = "4 % gain"
 # By kind, two tensors that must not pass for the same.
 Nulls = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -153,17 +152,14 @@ Experiment = Callable[["Side", Notes], None]
 class Side:
     """One implementation in an experiment, the subject or the reference. Both are asked what the subject declares.
 
-    `config` is the case's with LEAST_KEYS to MOST_KEYS keys a row, `k` of them, and at most MOST_LAYERS layers, one of
-    them with experts if any is.
+    `config` is the case's, shallow, with LEAST_KEYS to MOST_KEYS keys a row, `k` of them.
     """
 
     def __init__(self, bench: Bench, subject: Subject, dtype: torch.dtype | None = None) -> None:
         self.subject, self.device, self.dtype = subject, bench.device, dtype or bench.dtype
         self.can, self.seed, self.state = bench.subject.capabilities, bench.case.seed, bench.oracle.state
         self.k = max(min(bench.case.config.index_topk, MOST_KEYS), LEAST_KEYS)
-        own = bench.case.config
-        layers = min(own.num_hidden_layers, max(MOST_LAYERS, own.first_k_dense_replace + 1))
-        self.config = changed(own, index_topk=self.k, use_sparse_attention=True, num_hidden_layers=layers)
+        self.config = changed(shallow(bench.case.config), index_topk=self.k, use_sparse_attention=True)
 
     @property
     def shapes(self) -> Rule:
@@ -192,11 +188,7 @@ class Side:
     def model(self, *, state: State | None = None, dtype: torch.dtype | None = None, **fields: object) -> nn.Module:
         """A fresh model for `config` with `fields` changed, and the case's weights or `state`; fewer layers drop theirs."""
         config = self.config_of(**fields)
-        weights = {
-            name: tensor
-            for name, tensor in (self.state if state is None else state).items()
-            if layer_of(name) < config.num_hidden_layers
-        }
+        weights = weights_for(config, self.state if state is None else state)
         return self.subject.build(config, weights, self.device, dtype or self.dtype)
 
     def case(self, name: str = "text", *, length: int, batch: int = 2, number: int = 0, **fields: object) -> Case:
@@ -242,11 +234,6 @@ def _or_zeros(gradient: torch.Tensor | None, like: torch.Tensor | None) -> torch
 def _share(found: Errors, allowed: Errors, side: str) -> float:
     share = getattr(found, side) / getattr(allowed, side)
     return share if share == share else math.inf
-
-
-def layer_of(name: str) -> int:
-    """The layer that a tensor of a state belongs to, −1 outside the layers."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
 def only_experts(tape: Decisions | None) -> Decisions | None:
