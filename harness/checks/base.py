@@ -170,7 +170,7 @@ class Check:
 
     Modes are "sparse" and "dense" (one forward and backward of a model), "whole" (the check builds models of its own)
     and "operators" (the bench is an `OperatorBench`). `only` narrows it to some cases and dtypes by name; empty means
-    all.
+    all. `except_for` lists the pairs of case and dtype in which it could judge nothing.
     """
 
     name: str
@@ -180,6 +180,7 @@ class Check:
     modes: frozenset[str] = frozenset({"sparse", "dense"})
     only_cases: frozenset[str] = frozenset()
     only_dtypes: frozenset[torch.dtype] = frozenset()
+    except_for: frozenset[tuple[str, torch.dtype]] = frozenset()
 
     def concerns(self, mode: str, case: str, dtype: torch.dtype) -> bool:
         """Whether this check is run at all in `mode`, on `case`, in `dtype`."""
@@ -187,6 +188,7 @@ class Check:
             mode in self.modes
             and (not self.only_cases or case in self.only_cases)
             and (not self.only_dtypes or dtype in self.only_dtypes)
+            and (case, dtype) not in self.except_for
         )
 
 

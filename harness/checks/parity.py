@@ -4,6 +4,7 @@ The second of the three verdicts (design: the decision tape). Errors are judged 
 the reference's own error in the same precision.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -130,17 +131,22 @@ def _shares(found: dict[str, Errors], allowed: dict[str, Errors], side: str) -> 
 def _gradient_nulls(reached: dict[str, torch.Tensor], allowed: dict[str, Errors], noisy: bool) -> list[NullCandidate]:
     """Each kind of null candidate, tried on every parameter by itself and rejected for every one.
 
-    In bf16 or FP8 the noise of a short vector hides 4 %: there (`noisy`) the candidate is 4 % on all parameters at once.
+    In bf16 or FP8 the noise of one short vector hides a fault that the same parameter of another layer shows. There
+    (`noisy`) a candidate is tried on a role, the parameters of one name in all layers, and 4 % on all parameters at once.
     """
     accepted: dict[str, list[str]] = {}
     gain_rejected = False
+    seen_of: dict[tuple[str, str], bool] = {}
     for name, e in reached.items():
+        role = re.sub(r"layers\.\d+\.", "", name) if noisy else name
         for kind, wrong in null_candidates(e):
             seen = rejected(wrong, e, allowed[name])
             if kind == "4 % gain" and noisy:
                 gain_rejected |= seen
             else:
-                accepted.setdefault(kind, []).extend([] if seen else [name])
+                seen_of[kind, role] = seen_of.get((kind, role), False) or seen
+    for (kind, role), seen in seen_of.items():
+        accepted.setdefault(kind, []).extend([] if seen else [role])
     if noisy:
         accepted["4 % gain on all"] = [] if gain_rejected else ["every parameter"]
     return [
@@ -155,5 +161,13 @@ CHECKS = [
     Check("parity.lm_loss", "parity", lm_loss, _TAPE),
     Check("parity.lm_gradients", "parity", gradients("lm gradients", lambda o: o.lm_grads), _TAPE),
     Check("kl.loss", "kl", kl_loss, _TAPE | {"indexer-kl"}),
-    Check("kl.gradients", "kl", gradients("kl gradients", lambda o: o.kl_grads), _TAPE | {"indexer-kl"}),
+    # Rounding to FP8 flips entries, and bf16 hides which: together they leave the indexer's small gradients no
+    # significant digit. Each alone is judged, FP8 in fp32 and bf16 on the other cases.
+    Check(
+        "kl.gradients",
+        "kl",
+        gradients("kl gradients", lambda o: o.kl_grads),
+        _TAPE | {"indexer-kl"},
+        except_for=frozenset({("fp8", torch.bfloat16)}),
+    ),
 ]

@@ -101,10 +101,11 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
         "bfloat16": (BF16_CASES, BF16_OF_OPERATORS),
     }
     if number is not None:
-        cases: tuple[str, ...] = ("text", _turn(CASE_NAMES[1:], number))
-        of_dtypes = dict.fromkeys(
-            of_dtypes, (cases, (_turn(OPERATOR_CASES, number), _turn(OPERATOR_CASES, number + 5)))
-        )
+        operators = _turn(OPERATOR_CASES, number), _turn(OPERATOR_CASES, number + 5)
+        of_dtypes = {
+            "float32": ((_turn(CASE_NAMES, number),), operators),
+            "bfloat16": ((_turn(CASE_NAMES, number + 3),), operators),
+        }
     for dtype, (of_models, of_operators) in of_dtypes.items():
         yield Plan(
             subject, config, state, seed, length_for(config, CONFIG), 2, torch.device("cpu"), (dtype,), of_models, checks,
