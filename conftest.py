@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported, which torch puts off.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A first forward compiles and allocates, so a deadline for one example would only measure the machine.
 settings.register_profile("dev", max_examples=20, deadline=None)
 # Derandomized: two CI runs of one commit judge the same examples.

@@ -138,16 +138,22 @@ def _ours(model_class: type[Any]) -> Factory:
     return factory
 
 
-def with_backend(subject: Subject, backend: str) -> Subject:
+def with_backend(subject: Subject, backend: str, device: torch.device | str = "cpu") -> Subject:
     """`subject` with the implementation of its operators chosen.
 
     Raises:
-        ValueError: the subject has no operators to choose, or not this implementation.
+        ValueError: the subject has no operators to choose, not this implementation, or it cannot be used on `device`.
     """
     if subject.name != "optimized":
         raise ValueError(
             f"--backend is {backend!r}, but subject {subject.name!r} has no operators to choose; leave it out."
         )
+    optimized.check_backend(backend, device)
+    return on_backend(subject, backend)
+
+
+def on_backend(subject: Subject, backend: str) -> Subject:
+    """`subject`, the optimized model or a changed copy of it, on the implementation `backend` of its operators."""
 
     def factory(
         config: DeepseekV32Config,
@@ -161,11 +167,12 @@ def with_backend(subject: Subject, backend: str) -> Subject:
         cast(Any, model).backend = backend
         return model
 
-    optimized.check_backend(backend)
     operators = {
         name: with_capabilities(partial(op, backend=backend), OPERATORS[name]) for name, op in subject.operators.items()
     }
-    return Subject(subject.name, factory, subject.capabilities, f"{subject.spec} --backend {backend}", operators)
+    # Triton has no fp64 matrix product; the torch operators keep it.
+    capabilities = subject.capabilities - ({"fp64"} if backend == "triton" else set())
+    return Subject(subject.name, factory, capabilities, f"{subject.spec} --backend {backend}", operators)
 
 
 def with_capabilities(operator: Callable[..., Any], extras: Iterable[str]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from rich.console import Console
 
+from optimized import implementations
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
 from reference.checkpoint import read_config
 from reports.markdown import markdown
@@ -76,7 +77,7 @@ def plan_for(request: Request) -> Plan:
         raise ValueError(f"--seed is {request.seed}; it must be 0 … 2³¹ − 1.")
     subject = resolve_subject(request.subject)
     if request.backend is not None:
-        subject = with_backend(subject, request.backend)
+        subject = with_backend(subject, request.backend, device)
     config, options = _config(request)
     length = request.seq_len if request.seq_len is not None else length_for(config, request.config)
     if length < 8:
@@ -184,7 +185,7 @@ def verify(request: Request, console: Console) -> int:
         "device_asked": request.device,
         "device": str(plan.device),
         "dtypes": list(plan.dtypes),
-        "backend": request.backend or "default",
+        "implementations": implementations_of(plan, request.backend),
         "seed": request.seed,
         "seq_len": plan.length,
         "batch": plan.batch,
@@ -209,6 +210,16 @@ def verify(request: Request, console: Console) -> int:
 def command_line(name: str) -> list[str]:
     """The command as it was typed; `v32 <name>` when another program runs it."""
     return ["v32", *sys.argv[1:]] if Path(sys.argv[0]).name == "v32" else ["v32", name]
+
+
+def implementations_of(plan: Plan, backend: str | None) -> dict[str, dict[str, str]]:
+    """What computes the parts of the optimized model in each dtype of a plan; empty for another subject."""
+    if plan.subject.name != "optimized":
+        return {}
+    return {
+        dtype: implementations(plan.config, plan.length, backend=backend, device=plan.device, dtype=DTYPES[dtype])
+        for dtype in plan.dtypes
+    }
 
 
 def _finish(out: Path, console: Console) -> int:

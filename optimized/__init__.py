@@ -2,8 +2,9 @@
 
 from reference import DeepseekV32Config, compute_indexer_kl_loss
 
-from .model import DeepseekV32Attention, DeepseekV32ForCausalLM, DeepseekV32Model, check_backend
+from .model import DeepseekV32Attention, DeepseekV32ForCausalLM, DeepseekV32Model, check_backend, implementations
 
 __all__ = [
-    "DeepseekV32Attention", "DeepseekV32Config", "DeepseekV32ForCausalLM", "DeepseekV32Model", "check_backend", "compute_indexer_kl_loss",
+    "DeepseekV32Attention", "DeepseekV32Config", "DeepseekV32ForCausalLM", "DeepseekV32Model", "check_backend",
+    "compute_indexer_kl_loss", "implementations",
 ]  # fmt: skip

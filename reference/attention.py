@@ -71,6 +71,8 @@ class Projected:
 class DeepseekV32Attention(nn.Module):
     """One layer's MLA with its indexer."""
 
+    indexer_class: type[LightningIndexer] = LightningIndexer
+
     def __init__(self, config: DeepseekV32Config, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
@@ -88,7 +90,7 @@ class DeepseekV32Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.latent_dim, LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(self.latent_dim, self.n_heads * (self.nope_dim + self.v_dim), bias=False)
         self.o_proj = nn.Linear(self.n_heads * self.v_dim, config.hidden_size, bias=False)
-        self.indexer = LightningIndexer(config)
+        self.indexer = self.indexer_class(config)
 
     def forward(
         self,

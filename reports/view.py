@@ -18,6 +18,7 @@ _HEADER_ROWS = (
     ("device", "device"),
     ("dtypes", "dtypes"),
     ("backend", "backend"),
+    ("implementations", "implementations"),
     ("seed", "seed"),
     ("command", "command"),
 )

@@ -6,7 +6,7 @@ A pass is one subject on one seed. The oracle of a seed is made once in each pro
 import atexit
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -19,7 +19,7 @@ from ..cases import CASE_NAMES, calibrated_state
 from ..checks import CHECKS
 from ..operators import OPERATOR_CASES
 from ..runner import Oracles, Plan, run
-from ..subjects import Subject, optimized_operators, ours, resolve_subject
+from ..subjects import Subject, on_backend, operator_capabilities, optimized_operators, ours, resolve_subject
 from ..verify import length_for
 from .catalogue import MUTANTS
 from .mutant import Mutant
@@ -75,7 +75,15 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
     with patched_copy(mutant.patches) as copy:
         package = getattr(copy, mutant.of)
         operators = optimized_operators(package.ops) if mutant.of == "optimized" else {}
-        yield ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
+        subject = ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
+        yield subject if mutant.backend is None else only_operators(on_backend(subject, mutant.backend), mutant.backend)
+
+
+def only_operators(subject: Subject, backend: str) -> Subject:
+    """`subject` without its model where the interpreter would run it: that takes seconds an operator."""
+    if backend != "triton":
+        return subject
+    return replace(subject, factory=None, capabilities=operator_capabilities(subject.operators))
 
 
 def lasting_mutant(name: str) -> Subject:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from .patching import Patch
 
+# Where the implementations of the operators live.
+PLACES = {"torch": "optimized/ops/", "triton": "optimized/kernels/", "native": "optimized/native/"}
+
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
@@ -20,6 +23,12 @@ class Mutant:
     what: str
     source: str
     patches: tuple[Patch, ...]
+
+    @property
+    def backend(self) -> str | None:
+        """The implementation of the operators that is patched, or None where no operator is."""
+        places = {name for patch in self.patches for name, place in PLACES.items() if patch.file.startswith(place)}
+        return min(places, default=None)
 
 
 def bug(entry: str, name: str, of: str, what: str, source: str, *patches: tuple[str, str, str]) -> Mutant:

@@ -74,9 +74,10 @@ def patched_copy(patches: Iterable[Patch]) -> Iterator[Copy]:
         top = Path(folder) / name
         for package in PACKAGES:
             shutil.copytree(ROOT / package, top / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for own, text in changed.items():
+            (top / own).write_text(text, encoding="utf-8")
         for file in top.rglob("*.py"):
-            own = file.relative_to(top).as_posix()
-            text = changed.get(own) or file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8")
             file.write_text(_OWN_IMPORT.sub(rf"\g<1>{name}.\g<2>", text), encoding="utf-8")
         (top / "__init__.py").touch()
         sys.path.insert(0, folder)

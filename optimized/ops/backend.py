@@ -18,6 +18,7 @@ a mask or multiplying by a weight of zero is not enough (0 * NaN is NaN), so eve
 hidden, and matrix products that sum over hidden entries go through `split_finite`.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+Operator = TypeVar("Operator", bound=Callable[..., Any])
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -38,8 +40,11 @@ MAX_CHUNK_ROWS = 128
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 
-# Device types whose default is another implementation than "torch".
-_DEFAULTS: dict[str, str] = {}
+# Backends that need more than torch, by the package that registers their implementations when it is first asked for.
+_PACKAGES = {"triton": "..kernels", "native": "..native"}
+
+# What a device's operators are by default, where that can be used; else "torch".
+_DEFAULTS = {"cuda": "triton"}
 
 
 def register(operator: str, backend: str) -> Callable[[Implementation], Implementation]:
@@ -53,20 +58,35 @@ def register(operator: str, backend: str) -> Callable[[Implementation], Implemen
 
 
 def default_backend(device: torch.device) -> str:
-    """The implementation that `backend=None` means on `device`: today "torch" on every one."""
-    return _DEFAULTS.get(device.type, "torch")
+    """The implementation that `backend=None` means on `device`: "triton", "native" or, where neither can be, "torch"."""
+    name = _DEFAULTS.get(device.type, "torch")
+    return "torch" if why_unusable(name, device) else name
+
+
+def why_unusable(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot compute on tensors of `device`, as the end of a sentence, or None where it can."""
+    if backend not in _PACKAGES:
+        return None
+    try:
+        package = importlib.import_module(_PACKAGES[backend], __package__)
+    except ImportError as error:
+        return str(error)
+    reason: str | None = package.unusable(device)
+    return reason
 
 
 def resolve_backend(operator: str, backend: str | None, device: torch.device) -> str:
     """The name of the implementation of `operator` to run for tensors on `device`.
 
     Raises ValueError if `operator` is unknown or has no implementation of the name asked for, default
-    included.
+    included, or if that cannot be used on `device`.
     """
     if operator not in _IMPLEMENTATIONS:
         known = ", ".join(sorted(_IMPLEMENTATIONS))
         raise ValueError(f"operator is {operator!r}, but the operators are: {known}.")
     name = default_backend(device) if backend is None else backend
+    if reason := why_unusable(name, device):
+        raise ValueError(f"backend is {name!r}, which cannot be used here: {reason}.")
     if name not in _IMPLEMENTATIONS[operator]:
         available = ", ".join(sorted(_IMPLEMENTATIONS[operator]))
         raise ValueError(f"backend is {name!r}, but operator {operator} has implementations: {available}.")
@@ -76,6 +96,12 @@ def resolve_backend(operator: str, backend: str | None, device: torch.device) ->
 def implementation(operator: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
     """The function that `resolve_backend` names."""
     return _IMPLEMENTATIONS[operator][resolve_backend(operator, backend, device)]
+
+
+def opaque(operator: Operator) -> Operator:
+    """Decorator: torch.compile leaves `operator` as it is, and compiles what stands before and behind it."""
+    disabled: Operator = torch.compiler.disable(operator)
+    return disabled
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:

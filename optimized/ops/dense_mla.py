@@ -36,6 +36,7 @@ from optimized.ops.backend import (
     exp_and_lse_,
     implementation,
     mark_reached_,
+    opaque,
     register,
     row_chunks,
     split_finite,
@@ -44,6 +45,7 @@ from optimized.ops.backend import (
 )
 
 
+@opaque
 def dense_mla(
     q_BLHD: Tensor,
     k_BSHD: Tensor,

@@ -38,6 +38,7 @@ from optimized.ops.backend import (
     compute_dtype,
     implementation,
     mark_reached_,
+    opaque,
     register,
     row_chunks,
     split_finite,
@@ -47,6 +48,7 @@ from optimized.ops.backend import (
 from optimized.ops.indexer_topk import index_scores
 
 
+@opaque
 def indexer_kl(
     iq_BLJE: Tensor,
     ik_BSE: Tensor,

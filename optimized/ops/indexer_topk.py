@@ -21,6 +21,7 @@ from optimized.ops.backend import (
     chunk_rows,
     compute_dtype,
     implementation,
+    opaque,
     register,
     row_chunks,
     visible_keys,
@@ -32,6 +33,7 @@ GROUPED_SEARCH_KEYS = 2048
 GROUP = 8
 
 
+@opaque
 def indexer_topk(
     q_BLJE: Tensor, k_BSE: Tensor, w_BLJ: Tensor, bounds_BL2: Tensor, k: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

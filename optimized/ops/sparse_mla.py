@@ -30,11 +30,13 @@ from optimized.ops.backend import (
     compute_dtype,
     exp_and_lse_,
     implementation,
+    opaque,
     register,
     without_autocast,
 )
 
 
+@opaque
 def sparse_mla(
     q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from harness import runner
 from harness.cases import calibrated_state
 from harness.checks import CHECKS
 from harness.cli import main
+from harness.mutants.matrix import mutant_subject
+from harness.mutants.mutant import bug
 from harness.runner import Plan, run, select_checks
 from harness.subjects import ALL, Subject, resolve_subject
 from reference import DeepseekV32Config
@@ -173,7 +175,10 @@ def test_training_sees_a_wrong_indexer():
 
 
 def test_sparse_is_dense_sees_a_selection_that_drops_a_key():
-    verdicts = verdicts_of(resolve_subject("mutant:B12-off-by-one-k"), checks=["identity"], cases=("text",))
+    dropped = bug("", "one-key-less", "reference", "One key less than asked for is selected.", "generic",
+                  ("reference/indexer.py", "[..., : min(k, width)]", "[..., : min(k, width) - 1]"))  # fmt: skip
+    with mutant_subject(dropped) as subject:
+        verdicts = verdicts_of(subject, checks=["identity"], cases=("text",))
     assert [v.status for v in verdicts] == [Status.FAILED]
 
 

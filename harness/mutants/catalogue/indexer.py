@@ -15,7 +15,7 @@ _KEYS = "return self._turn(self.k_norm(k).to(k.dtype), cos, sin)"
 _TURN = """pe, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((self.rotate(pe, cos, sin), rest), dim=-1)"""
 _WEIGHTS = "return self.weights_proj(x_BLM) * (self.n_heads**-0.5 * self.head_dim**-0.5)"
-_QUANTIZED = "return fp8_round_trip(hadamard_rotate(x.to(torch.bfloat16))).to(x.dtype)"
+_QUANTIZED = "return fp8_round_trip(self.hadamard(x.to(torch.bfloat16))).to(x.dtype)"
 _QUERY_QUANTIZED = "index_q = self.indexer.quantized(self.indexer.queries(latent_in, cos, sin))"
 _SUM = 'return torch.einsum("bljs,blj->bls", dots_BLJS.relu(), at_least_fp32(w_BLJ))'
 _ROUND_UP = "exponent = ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0).int()"

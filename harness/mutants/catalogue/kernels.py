@@ -48,6 +48,14 @@ MUTANTS = [
         (MODEL, "used_BLK = own_BLK if replayed_BLK is None else replayed_BLK.to(torch.int32)",
          "if torch._C._current_graph_task_id() >= 0:\n                own_BLK = self.kept\n            self.kept = own_BLK\n"
          "            used_BLK = own_BLK if replayed_BLK is None else replayed_BLK.to(torch.int32)")),
+    bug("C12", "selection-kept-on-the-layer", "optimized", "A layer keeps one selection, and recomputation reads the latest.",
+        "Megatron-LM #6793, #7010; SkyRL #2136",
+        (MODEL, "ask = CheckpointedAsk(ask.scores, ask.kl_target, ask.kl_loss, ask.decisions)",
+         "self.kept = Selection() if torch._C._current_graph_task_id() < 0 else self.kept\n"
+         "            ask = CheckpointedAsk(ask.scores, ask.kl_target, ask.kl_loss, ask.decisions, self.kept)"),
+        (MODEL, "kept = ask.selection if isinstance(ask, CheckpointedAsk) else Selection()",
+         "kept = ask.selection if isinstance(ask, CheckpointedAsk) else Selection()\n"
+         "        if torch._C._current_graph_task_id() >= 0:\n            kept = self.latest\n        self.latest = kept")),
     bug("A23", "output-buffer-used-again", "optimized", "Outputs of every layer share one buffer.", "vLLM #43907",
         (SPARSE, _OUT, "shape = (B, L, H, d_v)\n        out_BLHV = _KEPT.setdefault((*shape, q_BLHD.dtype), q_BLHD.new_zeros(shape)).detach()\n"
                        "        lse_BLH = torch.full((B, L, H), -torch.inf, dtype=dtype, device=q_BLHD.device)\n        keys"),

@@ -11,7 +11,7 @@ ATTENTION, ROPE, MOE, MODEL, CACHE, LAYOUT, FP8 = (
     "reference/layout.py",
     "reference/fp8.py",
 )
-OPTIMIZED = "optimized/model.py"
+OPTIMIZED, EXPERTS, HADAMARD = "optimized/model.py", "optimized/experts.py", "optimized/ops/hadamard.py"
 _SCALE = 'scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2'
 _FACTOR = "return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)"
 _CHOSEN = "weights = scores_NX.gather(-1, experts_NT.long())"
@@ -22,7 +22,7 @@ _NORM = "wide = at_least_fp32(x)\n        normed"
 _ROUND = 'if self.config.kv_latent_precision == "fp8":\n            c_kv = fp8_round_trip(c_kv)'
 _LATENT = "c_kv = self.kv_a_layernorm(latent)\n"
 _PE = "k_pe = rotate_interleaved(k_pe, cos, sin)"
-_SPARSE = "if self.config.use_sparse_attention:\n            assert t.index_q_BLJE"
+_SPARSE = "if self.config.use_sparse_attention:\n            most_visible"
 _KEYS_CACHED = "index_k = self.indexer.keys(x, cos, sin)"
 _UPDATE = "setattr(self, name, new if held is None else torch.cat((held, new), 1))"
 _PADS = "x_BLM = x_BLM.masked_fill(~layout.real_BL[..., None], 0.0)"
@@ -36,12 +36,32 @@ _FOLLOWING = "return position + following"
 
 MUTANTS = [
     bug("D16", "dense-decode", "optimized", "One token at a time attends to every key.", "the training guide's fork; TensorRT-LLM #9376",
-        (OPTIMIZED, _SPARSE, "if self.config.use_sparse_attention and t.q_nope_BLHN.shape[1] > 1:\n            assert t.index_q_BLJE")),
+        (OPTIMIZED, _SPARSE, "if self.config.use_sparse_attention and t.q_nope_BLHN.shape[1] > 1:\n            most_visible")),
     bug("D16", "index-keys-not-cached-in-prefill", "optimized", "The keys of all chunks but the newest are empty.", "the training guide's fork",
         (CACHE, _UPDATE, 'kept = held if held is None or name != "k_idx" else held * 0\n            '
                          "setattr(self, name, new if kept is None else torch.cat((kept, new), 1))")),
     bug("D16", "k-of-the-chunk", "optimized", "k is bounded by the rows of the call, not by the keys.", "the training guide's fork (S17)",
         (OPTIMIZED, "bounds_BL2,\n                self.config.index_topk,", "bounds_BL2,\n                min(self.config.index_topk, t.q_nope_BLHN.shape[1]),")),
+    bug("B18", "masked-path-without-its-mask", "optimized", "The masked path attends to every visible key.", "ik_llama.cpp #2063",
+        (OPTIMIZED, 'mask_BLK = used_BLK if path == "masked" else None', "mask_BLK = None")),
+    bug("D04", "kl-of-the-masked-path-over-the-whole-row", "optimized", "On the masked path the KL runs over every visible key.",
+        "the training guide's fork", (OPTIMIZED, 'None if path == "dense" else used_BLK, backend', 'used_BLK if path == "gathered" else None, backend')),
+    bug("", "dense-path-one-key-too-long", "optimized", "A row with k + 1 visible keys attends to all of them.", "generic",
+        (OPTIMIZED, "most_visible <= self.config.index_topk", "most_visible <= self.config.index_topk + 1")),
+    bug("", "dense-path-decided-by-the-chunk", "optimized", "The dense path is taken when the rows of a call are few, whatever the cache holds.",
+        "the training guide's fork (S17)", (OPTIMIZED, "most_visible <= self.config.index_topk", "rows_of(bounds_BL2) <= self.config.index_topk"),
+        (OPTIMIZED, "@torch.no_grad()\n@without_autocast\ndef _target_rows", "def rows_of(bounds_BL2):\n    return bounds_BL2.shape[1]\n\n\n@torch.no_grad()\n@without_autocast\ndef _target_rows")),
+    bug("", "short-rows-filled-with-the-next-document", "optimized", "Where all keys are selected, a row takes k from its start on.", "generic",
+        (OPTIMIZED, "return torch.where(slots_BLK < end_BL1, slots_BLK, -1).to(torch.int32)",
+         "return torch.where(slots_BLK < bounds_BL2.amax(), slots_BLK, -1).to(torch.int32)")),
+    bug("", "grouped-experts-in-sorted-order", "optimized", "The experts' outputs are not put back in the order of the tokens.", "generic",
+        (EXPERTS, "y_NTM = y_PM[place_P].unflatten(0, (-1, top))", "y_NTM = y_PM.unflatten(0, (-1, top))")),
+    bug("", "grouped-experts-offset-by-one", "optimized", "Each group begins where the one before it begins.", "generic",
+        (EXPERTS, "ends_X = counts_X.cumsum(0).to(torch.int32)", "ends_X = counts_X.roll(1).cumsum(0).to(torch.int32)")),
+    bug("", "grouped-gate-and-up-swapped", "optimized", "up_proj's rows come first.", "generic",
+        (EXPERTS, "swiglu(gate_PF, up_PF)", "swiglu(up_PF, gate_PF)")),
+    bug("A13", "butterfly-of-another-sign", "optimized", "The last round of the butterfly subtracts the other way.", "spec 5.1, neighbour of A12",
+        (HADAMARD, "x = torch.stack((a + b, a - b), -2).flatten(-3)", "x = torch.stack((a + b, a - b if half > 1 else b + a), -2).flatten(-3)")),
     bug("D16", "positions-restart-in-each-chunk", "optimized", "A chunk's positions count from 0.", "generic",
         (LAYOUT, _FOLLOWING, "return position + 0 * following")),
     bug("E01", "no-mscale-in-the-softmax-scale", "optimized", "m² is missing.", "onnxruntime/mobius #548; transformers #47435",
@@ -91,9 +111,9 @@ MUTANTS = [
         (MOE, ".sigmoid()", ".softmax(-1)")),
     bug("", "no-shared-expert", "optimized", "The shared expert is left out.", "generic",
         (MOE, _ROUTED, "out = (routed + 0 * at_least_fp32(self.shared_experts(x_NM))).to(x_BLM.dtype)")),
-    bug("", "gate-and-up-swapped", "optimized", "up_proj's rows come first.", "generic",
+    bug("", "gate-and-up-swapped", "reference", "up_proj's rows come first.", "generic",
         (MOE, _EXPERT, _EXPERT.replace("gate, up =", "up, gate ="))),
-    bug("", "an-expert-s-tokens-lost", "optimized", "Tokens beyond an expert's capacity are dropped.", "generic",
+    bug("", "an-expert-s-tokens-lost", "reference", "Tokens beyond an expert's capacity are dropped.", "generic",
         (MOE, _ADDED, "kept = (torch.arange(len(token), device=token.device) < 2 * len(x_NM) // len(gate_up))[:, None]\n            "
                       + _ADDED.replace("weights_NT[token, place, None])", "weights_NT[token, place, None] * kept)"))),
     bug("", "replayed-experts-not-used", "optimized", "The tape is accepted, the model's own experts are used.", "generic",
