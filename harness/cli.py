@@ -1,4 +1,4 @@
-"""The command line: `v32 verify`, `v32 mutants`, `v32 golden`, `v32 report`, `v32 doctor`.
+"""The command line: `v32 verify`, `v32 bench`, `v32 mutants`, `v32 golden`, `v32 kernels`, `v32 report`, `v32 doctor`.
 
 Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified · 0.
 """
@@ -49,10 +49,14 @@ def verify(
         str, typer.Option(help="Cases, separated by commas; all for every one; auto: fewer of a large model.")
     ] = "auto",
     seq_len: Annotated[int | None, typer.Option(help="Tokens a row; the default is well above index_topk.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 2,
+    batch: Annotated[int | None, typer.Option(help="Rows of a batch; 2, or 1 of a huge model on a CPU.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or both separated by a comma.")] = "float32,bfloat16",
-    backend: Annotated[str | None, typer.Option(help="The optimized model's operators: torch.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, both separated by a comma; auto: float32 of a huge model on a CPU.")
+    ] = "auto",
+    backend: Annotated[
+        str | None, typer.Option(help="The optimized model's operators: torch, native, triton; default by device.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
     checkpoint: Annotated[
@@ -72,6 +76,53 @@ def verify(
         out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify",
     )  # fmt: skip
     raise typer.Exit(run_verify(request, Console()))
+
+
+@app.command()
+def bench(
+    config: Annotated[str, typer.Option(help="A preset: tiny, bench, small, medium.")] = "bench",
+    lengths: Annotated[str, typer.Option(help="Tokens a row, separated by commas.")] = "512,1024,2048",
+    passes: Annotated[
+        str,
+        typer.Option(
+            "--pass",
+            help="fwd, fwd+bwd, kl (the dense warm-up step), or of one operator op:NAME or op:NAME+bwd; separated by commas.",
+        ),
+    ] = "fwd,fwd+bwd",
+    against: Annotated[
+        str,
+        typer.Option(help="transformers, dense-flash, reference, optimized:BACKEND, FILE.py:factory; none for nobody."),
+    ] = "transformers",
+    subject: Annotated[str, typer.Option(help="Who is compared with them.")] = "optimized",
+    backend: Annotated[str | None, typer.Option(help="The optimized model's operators; default by device.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="Threads of torch in each process.")] = 1,
+    repeats: Annotated[
+        int | None, typer.Option(help="Samples of each point, 3 or more; default 7, above 2048 tokens 3.")
+    ] = None,
+    floors: Annotated[bool, typer.Option("--floors", help="Fail the run when a floor on record is missed.")] = False,
+    peak_tflops: Annotated[
+        float | None, typer.Option(help="The device's peak, to be compared with instead of a product measured here.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that one pass, or building a model, may take.")] = 900.0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-bench.")
+    ] = None,
+) -> None:
+    """Time and memory of a verified subject against its peers, paired in one run, each in a process of its own."""
+    from .bench.command import Request
+    from .bench.command import bench as run_bench
+
+    request = Request(
+        config=config, subject=subject, against=against, lengths=lengths, passes=passes, backend=backend, batch=batch,
+        device=device, dtype=dtype, threads=threads, repeats=repeats, floors=floors, peak_tflops=peak_tflops, timeout=timeout, seed=seed,
+        overrides=tuple(set_ or ()), out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-bench",
+    )  # fmt: skip
+    raise typer.Exit(run_bench(request, Console()))
 
 
 @app.command()
@@ -96,6 +147,27 @@ def mutants(
         raise typer.Exit
     folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-mutants"
     raise typer.Exit(run_mutants(Request(only, without, seeds, jobs, folder), Console()))
+
+
+@app.command()
+def kernels(
+    target: Annotated[
+        str, typer.Option(help="sm_80, sm_90a, sm_100a, separated by commas; all for every one.")
+    ] = "all",
+    only: Annotated[
+        str, typer.Option(help="Kernels or their modules, separated by commas; all for every one.")
+    ] = "all",
+    jobs: Annotated[int, typer.Option(help="Processes; 0 for one a core.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-kernels.")
+    ] = None,
+) -> None:
+    """Compile every kernel for GPUs that need not be there, and hold what it takes against its budget."""
+    from .kernels.command import Request
+    from .kernels.command import kernels as run_kernels
+
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-kernels"
+    raise typer.Exit(run_kernels(Request(target, only, jobs, folder), Console()))
 
 
 @app.command()

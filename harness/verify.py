@@ -32,6 +32,9 @@ LENGTHS = {"tiny": 96}
 LARGE_CASES = ("text", "packed")
 AUTO = "auto"
 LARGE = 50_000_000
+# From here on a CPU runs one sequence in fp32, and the reference some rows at a time; `--batch`, `--dtype`, `--cases` ask
+# for more.
+HUGE = 500_000_000
 SMALL = 5_000_000
 
 
@@ -44,9 +47,9 @@ class Request:
     checks: str = "all"
     cases: str = AUTO
     seq_len: int | None = None
-    batch: int = 2
+    batch: int | None = None
     device: str = "cpu"
-    dtype: str = "float32,bfloat16"
+    dtype: str = AUTO
     backend: str | None = None
     seed: int = 0
     overrides: tuple[str, ...] = ()
@@ -61,7 +64,8 @@ def plan_for(request: Request) -> Plan:
         ValueError: anything that cannot be done, as one sentence that names the argument.
     """
     device = _device(request.device)
-    dtypes = tuple(name for name in request.dtype.split(",") if name)
+    asked = ",".join(DTYPES) if request.dtype == AUTO else request.dtype
+    dtypes = tuple(name for name in asked.split(",") if name)
     for name in dtypes:
         if name not in DTYPES:
             raise ValueError(f"--dtype names {name!r}; allowed are {', '.join(DTYPES)}, separated by a comma.")
@@ -71,7 +75,7 @@ def plan_for(request: Request) -> Plan:
     cases, operator_cases = select_cases(["all"] if request.cases == AUTO else request.cases.split(","))
     if not checks or not (cases or operator_cases):
         raise ValueError("--checks and --cases must each name something; all stands for every one.")
-    if request.batch < 1:
+    if request.batch is not None and request.batch < 1:
         raise ValueError(f"--batch is {request.batch}; it must be 1 or more.")
     if not 0 <= request.seed < 2**31:
         raise ValueError(f"--seed is {request.seed}; it must be 0 … 2³¹ − 1.")
@@ -91,16 +95,20 @@ def plan_for(request: Request) -> Plan:
         state = checkpoint_state(request.checkpoint)
     else:
         state = calibrated_state(config, request.seed)
-    large = sum(t.numel() for t in state.values()) > LARGE
-    if large and request.cases == AUTO:
-        cases = LARGE_CASES
+    size = sum(t.numel() for t in state.values())
+    lean = size > HUGE and device.type == "cpu"
+    batch = request.batch if request.batch is not None else 1 if lean else 2
+    if request.cases == AUTO and size > LARGE:
+        cases = LARGE_CASES[:1] if lean else LARGE_CASES
+    if request.dtype == AUTO and lean:
+        dtypes = dtypes[:1]
     if request.backend is not None:
         options = (*options, "--backend", request.backend)
     if request.device != "cpu":
         options = (*options, "--device", request.device)
     return Plan(
-        subject, config, state, request.seed, length, request.batch, device, dtypes, cases, checks,
-        config_name=request.config, options=options, operator_cases=operator_cases,
+        subject, config, state, request.seed, length, batch, device, dtypes, cases, checks,
+        config_name=request.config, options=options, operator_cases=operator_cases, lean=lean,
     )  # fmt: skip
 
 

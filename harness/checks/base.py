@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from reference import Decisions, DeepseekV32Config
+from reference.training import parameter_group
 from reports.schema import Measure, NullCandidate
 
 from ..cases import Case
 from ..observe import Observation, observe
-from ..subjects import ALL, Subject, resolve_subject
+from ..rowwise import RowwiseForCausalLM
+from ..subjects import ALL, Subject, load_weights, resolve_subject
 
 State = dict[str, torch.Tensor]
 # A thousand times the rounding of fp32: some latents and index entries of a tiny model change sides. With a tenth of
@@ -40,22 +42,45 @@ class Answer:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+def indexer_only(module: nn.Module) -> nn.Module:
+    """`module` with all frozen but the indexer, so that nothing else keeps what a backward would need."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter_group(name) == "indexer")
+    return module
+
+
 class Oracle:
     """The reference in fp64 on one case: the tape, and what everything is measured against.
 
     It holds the weights as rounded to the subject's dtype, so that what is compared is arithmetic: rounding of the
     weights is an error that all models share, and it would be most of a bf16 budget.
+
+    `lean` is for models that leave no room for the reference's L×S tensors, nor for gradients of all weights: the same
+    formulas run some rows at a time, the fp64 model is not kept, and only the indexer is trainable.
     """
 
-    def __init__(self, case: Case, state: State, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.case, self.device, self.dtype = case, device, dtype
+    def __init__(
+        self, case: Case, state: State, device: torch.device, dtype: torch.dtype = torch.float32, lean: bool = False
+    ) -> None:
+        self.case, self.device, self.dtype, self.lean = case, device, dtype, lean
         self._remembered: dict[object, Any] = {}
         self.state = {n: t if n.endswith("e_score_correction_bias") else t.to(dtype).float() for n, t in state.items()}
 
-    @cached_property
+    @property
     def model(self) -> nn.Module:
         """The reference in fp64."""
-        return resolve_subject("reference").build(self.case.config, self.state, self.device, torch.float64)
+        if self.lean:
+            return self._reference(self.state, torch.float64)
+        return self._kept_model
+
+    @cached_property
+    def _kept_model(self) -> nn.Module:
+        return self._reference(self.state, torch.float64)
+
+    def _reference(self, state: State, dtype: torch.dtype) -> nn.Module:
+        if not self.lean:
+            return resolve_subject("reference").build(self.case.config, state, self.device, dtype)
+        return indexer_only(load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train())
 
     @cached_property
     def free(self) -> Observation:
@@ -71,7 +96,7 @@ class Oracle:
     @cached_property
     def seen(self) -> Observation:
         """Outputs, gradients and scores on the tape."""
-        return observe(self.model, self.case, ALL, tape=self.tape, scores=True)
+        return observe(self.model, self.case, ALL, tape=self.tape, scores=True, lm_gradients=not self.lean)
 
     def low(self) -> nn.Module:
         """The reference in the subject's dtype.
@@ -86,12 +111,12 @@ class Oracle:
             state = {
                 name: x * (1 + FP8_JITTER * torch.randn(x.shape, generator=generator)) for name, x in state.items()
             }
-        return resolve_subject("reference").build(self.case.config, state, self.device, self.dtype)
+        return self._reference(state, self.dtype)
 
     @cached_property
     def baseline(self) -> Observation:
         """The reference in the subject's dtype on the tape: the error of plain low precision."""
-        return observe(self.low(), self.case, ALL, tape=self.tape, scores=True)
+        return observe(self.low(), self.case, ALL, tape=self.tape, scores=True, lm_gradients=not self.lean)
 
     @cached_property
     def baseline_free(self) -> Observation:
@@ -138,7 +163,8 @@ class Bench:
 
     def build(self, config: DeepseekV32Config) -> nn.Module:
         """A fresh module of the subject for `config`, with the case's weights."""
-        return self.of_subject(lambda: self.subject.build(config, self.oracle.state, self.device, self.dtype))
+        module = self.of_subject(lambda: self.subject.build(config, self.oracle.state, self.device, self.dtype))
+        return indexer_only(module) if self.oracle.lean else module
 
     def of_subject(self, call: Callable[[], T]) -> T:
         """Run what the subject is answerable for.
@@ -156,7 +182,10 @@ class Bench:
         """The subject on the tape, if it takes one."""
         capabilities = self.subject.capabilities
         tape = self.oracle.tape if "tape" in capabilities else None
-        return self.of_subject(lambda: observe(self.module, self.case, capabilities, tape=tape))
+        lm_gradients = not self.oracle.lean
+        return self.of_subject(
+            lambda: observe(self.module, self.case, capabilities, tape=tape, lm_gradients=lm_gradients)
+        )
 
     @cached_property
     def free(self) -> Observation:
@@ -170,7 +199,8 @@ class Check:
 
     Modes are "sparse" and "dense" (one forward and backward of a model), "whole" (the check builds models of its own)
     and "operators" (the bench is an `OperatorBench`). `only` narrows it to some cases and dtypes by name; empty means
-    all. `except_for` lists the pairs of case and dtype in which it could judge nothing.
+    all. `except_for` lists the pairs of case and dtype in which it could judge nothing. `reads_all_gradients`: it looks
+    at gradients of the LM loss, which a lean plan does not compute.
     """
 
     name: str
@@ -181,6 +211,7 @@ class Check:
     only_cases: frozenset[str] = frozenset()
     only_dtypes: frozenset[torch.dtype] = frozenset()
     except_for: frozenset[tuple[str, torch.dtype]] = frozenset()
+    reads_all_gradients: bool = False
 
     def concerns(self, mode: str, case: str, dtype: torch.dtype) -> bool:
         """Whether this check is run at all in `mode`, on `case`, in `dtype`."""

@@ -1,0 +1,82 @@
+"""The reference, some query rows at a time: the same formulas for models whose L×S tensors would not fit in memory.
+
+A row's attention depends on no other row. So the reference's own `attend` is called on slices of the rows, and each
+slice is computed once more in the backward instead of being kept. Keys and values are expanded once.
+
+Letters: B batch, L rows, S key slots, H heads, N nope dim, V v_head_dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from reference import model as reference_model
+from reference.attention import Ask, DeepseekV32Attention, Found, Projected
+from reference.layout import Layout
+
+# At V3.2's 128 heads and 2,304 keys a slice of this many rows holds 0.3 GB of fp64 probabilities.
+ROWS = 128
+
+
+class RowwiseAttention(DeepseekV32Attention):
+    """The reference's attention, ROWS rows at a time."""
+
+    def keys_and_values(self, c_kv_BSC: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a slice was given, `(k_nope_BSHN, v_BSHV)`, or the expansion of the latents."""
+        return c_kv_BSC if isinstance(c_kv_BSC, tuple) else super().keys_and_values(c_kv_BSC)
+
+    def attend(
+        self, t: Projected, layout: Layout, ask: Ask, replayed_BLK: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Found]:
+        """As the reference's."""
+        expanded = self.keys_and_values(t.c_kv_BSC)
+        outs, founds = [], []
+        for first in range(0, t.q_nope_BLHN.shape[1], ROWS):
+            rows = slice(first, first + ROWS)
+            part = replace(
+                t,
+                q_nope_BLHN=t.q_nope_BLHN[:, rows],
+                q_pe_BLHR=t.q_pe_BLHR[:, rows],
+                c_kv_BSC=cast(Any, expanded),
+                index_q_BLJE=None if t.index_q_BLJE is None else t.index_q_BLJE[:, rows],
+                index_w_BLJ=None if t.index_w_BLJ is None else t.index_w_BLJ[:, rows],
+            )
+            replayed = None if replayed_BLK is None else replayed_BLK[:, rows]
+            here = replace(layout, bounds_BL2=layout.bounds_BL2[:, rows])
+            attend = super().attend
+            out_BLHV, found = checkpoint(attend, part, here, ask, replayed, use_reentrant=False)
+            outs.append(out_BLHV)
+            founds.append(found)
+        sums = [f.kl_sum for f in founds if f.kl_sum is not None]
+        return torch.cat(outs, 1), Found(
+            scores_BLS=_joined(founds, lambda f: f.scores_BLS),
+            kl_target_BLS=_joined(founds, lambda f: f.kl_target_BLS),
+            kl_sum=torch.stack(sums).sum() if sums else None,
+            topk_BLK=_joined(founds, lambda f: f.topk_BLK),
+        )
+
+
+def _joined(founds: list[Found], part: Callable[[Found], torch.Tensor | None]) -> torch.Tensor | None:
+    held = [x for x in map(part, founds) if x is not None]
+    return torch.cat(held, 1) if held else None
+
+
+class RowwiseDecoderLayer(reference_model.DeepseekV32DecoderLayer):
+    """The reference's block around it."""
+
+    attention_class = RowwiseAttention
+
+
+class RowwiseModel(reference_model.DeepseekV32Model):
+    """The reference's backbone with these layers."""
+
+    layer_class = RowwiseDecoderLayer
+
+
+class RowwiseForCausalLM(reference_model.DeepseekV32ForCausalLM):
+    """The reference's causal LM on this backbone."""
+
+    backbone_class = RowwiseModel
