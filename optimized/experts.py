@@ -7,12 +7,12 @@ token and one of its experts, sorted by expert.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 from reference.moe import Experts as ReferenceExperts
 from reference.moe import swiglu
 from reference.precision import at_least_fp32
 
+from .linear import grouped_linear
 from .ops.backend import opaque
 
 ExpertsImplementation = Literal["grouped", "loop"]
@@ -44,10 +44,9 @@ class Experts(ReferenceExperts):
         top = experts_NT.shape[1]
         order_P = experts_NT.flatten().argsort(stable=True)
         counts_X = torch.bincount(experts_NT.flatten(), minlength=self.gate_up_proj.shape[0])
-        ends_X = counts_X.cumsum(0).to(torch.int32)
         sorted_PM = x_NM[order_P // top]
-        gate_PF, up_PF = F.grouped_mm(sorted_PM, self.gate_up_proj.mT, offs=ends_X).chunk(2, dim=-1)
-        y_PM = F.grouped_mm(swiglu(gate_PF, up_PF), self.down_proj.mT, offs=ends_X)
+        gate_PF, up_PF = grouped_linear(sorted_PM, self.gate_up_proj, counts_X).chunk(2, dim=-1)
+        y_PM = grouped_linear(swiglu(gate_PF, up_PF), self.down_proj, counts_X)
         # Back in the order of the tokens, so that a token's experts are summed in the same order on every device.
         place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
         y_NTM = y_PM[place_P].unflatten(0, (-1, top))

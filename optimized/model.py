@@ -1,6 +1,6 @@
 """DeepSeek V3.2 with blockwise operators: same classes, same config, same `state_dict` keys as `reference`.
 
-`attend` is what is replaced, and the experts' and the Hadamard rotation's arithmetic. Attention works in compact index
+`attend` is what is replaced, and how experts, linear layers and the Hadamard rotation are multiplied. Attention works in compact index
 space (pads left out, see reference/layout.py), where a row's visible keys are one [start, end) range, and holds no
 tensor of L×S elements, forward or backward, unless scores or targets of that size are asked for.
 
@@ -25,6 +25,7 @@ from reference.moe import MoE as ReferenceMoE
 from reference.precision import at_least_fp32, without_autocast
 
 from .experts import Experts, experts_implementation
+from .linear import is_linear, linear_implementation, use_fast_linears
 from .ops import dense_mla, hadamard, hadamard_implementation, indexer_kl, indexer_topk, sparse_mla
 from .ops.backend import resolve_backend
 from .paths import PATHS, AttentionPath, choose_path
@@ -148,7 +149,7 @@ class DeepseekV32Attention(ReferenceAttention):
         applying it to the identity; dropout of an adapter then drops latent channels for all tokens at once.
         """
         proj = self.kv_b_proj
-        if type(proj) is torch.nn.Linear and not hasattr(proj, "_hf_hook"):
+        if is_linear(proj):
             weight = proj.weight
         else:
             weight = proj(torch.eye(self.latent_dim, dtype=like.dtype, device=like.device)).T
@@ -251,11 +252,19 @@ class DeepseekV32Model(reference_model.DeepseekV32Model):
 
     layer_class = DeepseekV32DecoderLayer
 
+    def __init__(self, config: DeepseekV32Config) -> None:
+        super().__init__(config)
+        use_fast_linears(self)
+
 
 class DeepseekV32ForCausalLM(reference_model.DeepseekV32ForCausalLM):
     """The reference's causal LM on this backbone."""
 
     backbone_class = DeepseekV32Model
+
+    def __init__(self, config: DeepseekV32Config) -> None:
+        super().__init__(config)
+        use_fast_linears(self)
 
     @property
     def backend(self) -> str:
@@ -302,4 +311,5 @@ def implementations(
         "attention": path,
         "experts": experts_implementation(config.hidden_size, config.moe_intermediate_size, dtype),
         "hadamard": hadamard_implementation(device),
+        "linear": linear_implementation(device, dtype),
     }

@@ -13,6 +13,7 @@ import torch
 import optimized.model
 from optimized import implementations
 from optimized.experts import Experts
+from optimized.linear import grouped_linear, is_linear, linear_implementation, use_fast_linears
 from optimized.ops import hadamard
 from optimized.ops.hadamard import butterfly, hadamard_implementation
 from optimized.paths import PATHS, causal_pairs, choose_path
@@ -107,14 +108,73 @@ def test_the_path_follows_the_dimensions():
 
 def test_a_record_can_say_what_computes():
     config = tiny()
-    assert implementations(config, 96, backend="torch") == {
-        "operators": "torch", "attention": "gathered", "experts": "grouped", "hadamard": "butterfly",
-    }  # fmt: skip
+    said = implementations(config, 96, backend="torch")
+    assert said.pop("linear") in ("onednn", "blas")
+    assert said == {"operators": "torch", "attention": "gathered", "experts": "grouped", "hadamard": "butterfly"}
     assert implementations(config, 16, backend="torch")["attention"] == "dense"
     assert implementations(tiny(use_sparse_attention=False), 96, backend="torch")["attention"] == "dense"
-    assert implementations(config, 96, backend="torch", dtype=torch.float64)["experts"] == "loop"
+    in_fp64 = implementations(config, 96, backend="torch", dtype=torch.float64)
+    assert (in_fp64["experts"], in_fp64["linear"]) == ("loop", "blas")
     with pytest.raises(ValueError, match="'vulkan'"):
         implementations(config, 96, backend="vulkan")
+
+
+@pytest.fixture(params=["onednn", "blas"])
+def product(request, monkeypatch):
+    """Either product, whatever this processor is."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch is built without oneDNN")
+    monkeypatch.setattr(optimized.linear, "_mkl_is_slow", lambda: request.param == "onednn")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7,), (3, 5), (2, 3, 4)])
+def test_a_fast_linear_is_nn_linear(product, shape):
+    plain = torch.nn.Linear(24, 20, bias=False)
+    fast = torch.nn.Linear(24, 20, bias=False)
+    fast.load_state_dict(plain.state_dict())
+    use_fast_linears(fast)
+    assert linear_implementation(torch.device("cpu"), torch.float32) == product
+    x = torch.randn(*shape, 24)
+    found, expected = {}, {}
+    for module, kept in ((fast, found), (plain, expected)):
+        inputs = x.clone().requires_grad_()
+        out = module(inputs)
+        (out * torch.linspace(-1, 1, 20)).sum().backward()
+        kept.update(out=out, dx=inputs.grad, dw=module.weight.grad)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+    assert not torch.allclose(fast(x.roll(1, -1)), expected["out"], atol=1e-3)
+
+
+def test_a_fast_linear_leaves_other_dtypes_autocast_and_hooks_alone(product):
+    fast = torch.nn.Linear(8, 4, bias=False)
+    use_fast_linears(fast)
+    assert isinstance(fast, torch.nn.Linear)
+    assert is_linear(fast)
+    assert fast.double()(torch.ones(2, 8, dtype=torch.float64)).dtype == torch.float64
+    fast.float()
+    assert fast(torch.ones(0, 8)).shape == (0, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(torch.ones(2, 8)).dtype == torch.bfloat16
+    fast._hf_hook = object()
+    assert not is_linear(fast)
+    assert not is_linear(torch.nn.Sequential(fast))
+
+
+def test_groups_are_multiplied_one_by_one(product):
+    x, w = torch.randn(9, 8), torch.randn(4, 12, 8)
+    counts = torch.tensor([4, 0, 3, 2])
+    inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
+    out = grouped_linear(*inputs, counts)
+    out.square().sum().backward()
+    again = x.clone().requires_grad_(), w.clone().requires_grad_()
+    parts = [rows @ matrix.T for rows, matrix in zip(again[0].split(counts.tolist()), again[1], strict=True)]
+    expected = torch.cat(parts)
+    expected.square().sum().backward()
+    for found, value in ((out, expected), (inputs[0].grad, again[0].grad), (inputs[1].grad, again[1].grad)):
+        torch.testing.assert_close(found, value, rtol=0, atol=1e-4)
+    assert not torch.allclose(grouped_linear(x, w, counts.roll(1)), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
