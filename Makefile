@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup verify test test-all lint clean FORCE
+.PHONY: help setup verify kernels test test-all lint clean FORCE
 
 PYTHON ?= python3
 # Passed on as they are: make verify ARGS="--config bench", make test ARGS=suites/meta
@@ -32,6 +32,9 @@ setup: $(STAMP) ## build .venv/ from nothing with the tested versions; quick whe
 
 verify: $(STAMP) ## compare the optimized model with the reference: v32 verify $(ARGS)
 	@$(BIN)/v32 verify $(ARGS)
+
+kernels: $(STAMP) ## compile every kernel for GPUs that need not be there, against its budget: v32 kernels $(ARGS)
+	@$(BIN)/v32 kernels $(ARGS)
 
 test: $(STAMP) ## run the fast suites
 	@$(TEST_ENV) $(PARALLEL_ENV) $(BIN)/python -m pytest $(PARALLEL) \

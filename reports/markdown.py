@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from reports.kills import FAMILY, catalogue_cells, kills
 from reports.records import Run, Verdict, verdict_line, why_not_complete
 from reports.text import clean, duration, number, one_line, sparkline, spread
+from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
+from reports.timings import FAMILY as BENCH
 from reports.view import (
     Labels,
     curves,
@@ -62,17 +64,17 @@ def code_block(text: str) -> str:
 def _page(run: Run, rows: int) -> str:
     labels = Labels(run)
     parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
-    parts += _kills(run, rows)
+    parts += _kills(run, rows) + _timings(run, rows)
     for family, verdicts in families(run).items():
-        if family == FAMILY:
+        if family in (FAMILY, BENCH):
             continue
         parts += [f"### {escape(family)} · {tally(verdicts)}", _family(verdicts, labels, rows)]
     tables = [part for verdict in run.verdicts for part in (*_gradients(verdict, labels), *_curves(verdict, labels))]
     parts += tables[: 2 * rows]
     if len(tables) > 2 * rows:
         parts.append(f"and {len(tables) // 2 - rows} more tables, in the record.")
-    if run.measurements:
-        cells = [measurement_cells(measurement) for measurement in run.measurements]
+    cells = [measurement_cells(measurement) for measurement in run.measurements if point_of(measurement) is None]
+    if cells:
         names = ["measurement", "subject", "case", "samples", "median", "range"]
         parts += ["### Measurements", _table(names, cells, rows)]
     parts += _unchecked(run, labels, rows) + _nulls(run, rows)
@@ -134,6 +136,19 @@ def _kills(run: Run, rows: int) -> list[str]:
             "### The catalogue of public bugs",
             _table(["entry", "mutants, or why there is none"], catalogue, rows),
         ]
+    return parts
+
+
+def _timings(run: Run, rows: int) -> list[str]:
+    found = timings(run)
+    if found is None:
+        return []
+    parts = ["### Time and memory", _table(COLUMNS, found.cells(), rows), *map(escape, found.notes())]
+    if found.growth:
+        parts += ["### Growth with the length", _table(GROWTH_COLUMNS, found.growth_cells(), rows)]
+    if found.floors:
+        title = "### Floors" if found.floors_are_judged() else "### Floors, which only `--floors` judges"
+        parts += [title, _table(FLOOR_COLUMNS, found.floor_cells(), rows)]
     return parts
 
 

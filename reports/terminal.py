@@ -13,6 +13,8 @@ from rich.text import Text
 from reports.kills import FAMILY, kills
 from reports.records import FAILING, Measurement, Run, Status, Verdict, run_exit_code, verdict_line
 from reports.text import ascii_only, clean, duration, number, one_line, sparkline, spread
+from reports.timings import COLUMNS, DETAILS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
+from reports.timings import FAMILY as BENCH
 from reports.view import (
     Labels,
     curves,
@@ -36,8 +38,10 @@ _STYLES = {
     Status.SKIPPED: "yellow",
     Status.NOT_APPLICABLE: "dim",
 }
+# Below this width a table leaves columns out.
+_WIDE = 110
 # Columns that are short and would be hard to read when broken.
-_WHOLE = ("group", "status", "used", "time", "samples")
+_WHOLE = ("group", "status", "used", "time", "samples", "pass")
 
 
 # Words of the gradient table, which seven of them a row would not fit beside.
@@ -126,15 +130,17 @@ def render(run: Run, console: Console) -> None:
     labels = Labels(run)
     _header(run, console)
     _kills(run, console)
+    _timings(run, console)
     for family, verdicts in families(run).items():
-        if family == FAMILY:
+        if family in (FAMILY, BENCH):
             continue
         _family(family, verdicts, labels, console)
     for verdict in run.verdicts:
         _curves(verdict, labels, console)
         _gradients(verdict, labels, console)
-    if run.measurements:
-        _measurements(run.measurements, console)
+    others = tuple(item for item in run.measurements if point_of(item) is None)
+    if others:
+        _measurements(others, console)
     _failures(run, labels, console)
     style = "bold green" if run_exit_code(run) == 0 else "bold red"
     print_line(console, verdict_line(run), style)
@@ -163,7 +169,7 @@ def _table(title: str, columns: list[str], rows: list[list[Text]], console: Cons
 
 def _family(family: str, verdicts: list[Verdict], labels: Labels, console: Console) -> None:
     # Below this width values and reasons would break into single letters; the share of the budget stays.
-    wide = console.width >= 110
+    wide = console.width >= _WIDE
     with_reason = wide and any(verdict.reason for verdict in verdicts)
     columns = ["check", "case", "dtype", "status", *(["worst / budget"] if wide else []), "used", "time"]
     rows = []
@@ -196,6 +202,24 @@ def _kills(run: Run, console: Console) -> None:
     console.print()
     cells = [[shown(console, one_line(cell)) for cell in row] for row in found.check_cells()]
     _table("checks", ["", "check", "kills", "kills that no other check makes"], cells, console)
+
+
+def _timings(run: Run, console: Console) -> None:
+    found = timings(run)
+    if found is None:
+        return
+    floors = "floors" if found.floors_are_judged() else "floors, which only --floors judges"
+    points = [i for i in range(len(COLUMNS)) if console.width >= _WIDE or i not in DETAILS]
+    for title, columns, cells in (
+        ("time and memory", [COLUMNS[i] for i in points], [[row[i] for i in points] for row in found.cells()]),
+        ("growth with the length", GROWTH_COLUMNS, found.growth_cells()),
+        (floors, FLOOR_COLUMNS, found.floor_cells()),
+    ):
+        if cells:
+            _table(title, list(columns), [[shown(console, one_line(cell)) for cell in row] for row in cells], console)
+    for note in found.notes():
+        console.print(shown(console, note), overflow="fold")
+    console.print()
 
 
 def _curves(verdict: Verdict, labels: Labels, console: Console) -> None:

@@ -1,0 +1,1 @@
+"""Time and memory, against floors: each test needs the machine to itself."""
