@@ -41,7 +41,7 @@ _STYLES = {
 # Below this width a table leaves columns out.
 _WIDE = 110
 # Columns that are short and would be hard to read when broken.
-_WHOLE = ("group", "status", "used", "time", "samples", "pass")
+_WHOLE = ("group", "status", "used", "time", "samples", "pass", "contestant")
 
 
 # Words of the gradient table, which seven of them a row would not fit beside.

@@ -371,12 +371,13 @@ class _Named:
 
 
 def _machine(point: Point, contest: Contest, stack: ExitStack, writer: RunWriter) -> Worker | None:
+    machine = Worker(point.of(MACHINE), contest.request.timeout)
+    stack.callback(machine.close)
     try:
-        machine = Worker(point.of(MACHINE), contest.request.timeout)
+        assert machine.ready is not None
     except WorkerError as error:
         writer.event("no matmul rate", reason=str(error))
         return None
-    stack.callback(machine.close)
     return machine
 
 

@@ -169,17 +169,19 @@ def measure(
                     # Its memory is needed by the others.
                     workers.pop(index).close()
 
-        def start(index: int) -> None:
-            workers[index] = Worker(points[index], timeout)
-            stack.callback(workers[index].close)
+        def await_ready(index: int) -> None:
             series[index].ready = workers[index].ready
 
         def ask(index: int) -> None:
             series[index].add(workers[index].run(), time.monotonic() - began)
 
+        # They build side by side, because nothing is measured yet.
+        for index, point in enumerate(points):
+            workers[index] = Worker(point, timeout)
+            stack.callback(workers[index].close)
         for index, point in enumerate(points):
             started(point.case, f"{point.contestant} starts")
-            attempt(index, partial(start, index))
+            attempt(index, partial(await_ready, index))
         for number in range(repeats):
             if machine is not None and rate is not None and rate.error is None:
                 try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from typing import Any
 
 from ..environment import ROOT
@@ -29,7 +30,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process of its own for one point, alive until `close`; between two questions it only waits.
+    """A process of its own for one point, alive until `close`; when its model stands it only waits to be asked.
 
     It is started in a session of its own: Ctrl-C reaches this process alone, which then decides.
     """
@@ -50,11 +51,16 @@ class Worker:
             env=environment,
             start_new_session=True,
         )
-        try:
-            self.ready = self._ask(point.to_json())
-        except BaseException:
-            self.close()
-            raise
+        self._say(point.to_json())
+
+    @cached_property
+    def ready(self) -> dict[str, Any]:
+        """What it answers when its model stands and is warm; it builds while nobody asks.
+
+        Raises:
+            WorkerError: no answer, in one sentence.
+        """
+        return self._answer()
 
     @property
     def pid(self) -> int:
@@ -67,7 +73,9 @@ class Worker:
         Raises:
             WorkerError: no answer, in one sentence.
         """
-        return self._ask("run")
+        assert self.ready is not None
+        self._say("run")
+        return self._answer()
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -81,13 +89,16 @@ class Worker:
             except BrokenPipeError:
                 continue
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def _say(self, line: str) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line.encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise WorkerError(self._why_it_ended(), self._tail()) from None
+            # The answer, or that there is none, tells why.
+            return
+
+    def _answer(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(self._line())
         if "error" in answer:
             raise WorkerError(str(answer["error"]), str(answer.get("traceback", "")))

@@ -56,7 +56,9 @@ class _DenseMla(torch.autograd.Function):
         scale: float,
         indices_BLK: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out_BLHV, lse_BLH = forward(*_operands(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK), scale)
+        # Triton launches on the current device, whatever tensors it is given.
+        with torch.cuda.device_of(q_BLHD):
+            out_BLHV, lse_BLH = forward(*_operands(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK), scale)
         out_BLHV = out_BLHV.to(q_BLHD.dtype)
         ctx.save_for_backward(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, out_BLHV, lse_BLH)
         ctx.scale = scale
@@ -70,9 +72,10 @@ class _DenseMla(torch.autograd.Function):
         if dout_BLHV is None:
             return None, None, None, None, None, None
         *inputs, out_BLHV, lse_BLH = ctx.saved_tensors
-        operands = _operands(*inputs)
-        dout_BLHV, out_BLHV = (x.to(operands[0].dtype).contiguous() for x in (dout_BLHV, out_BLHV))
         needs_dkv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        gradients = backward(dout_BLHV, *operands, out_BLHV, lse_BLH, ctx.scale, needs_dkv)
+        with torch.cuda.device_of(dout_BLHV):
+            operands = _operands(*inputs)
+            dout_BLHV, out_BLHV = (x.to(operands[0].dtype).contiguous() for x in (dout_BLHV, out_BLHV))
+            gradients = backward(dout_BLHV, *operands, out_BLHV, lse_BLH, ctx.scale, needs_dkv)
         dq, dk, dv = (None if dx is None else dx.to(x.dtype) for dx, x in zip(gradients, inputs[:3], strict=True))
         return dq, dk, dv, None, None, None

@@ -42,7 +42,9 @@ class _SparseMla(torch.autograd.Function):
         d_v: int,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
-        out_BLHV, lse_BLH = forward(*_operands(q_BLHD, kv_BSD, indices_BLK), scale, d_v)
+        # Triton launches on the current device, whatever tensors it is given.
+        with torch.cuda.device_of(q_BLHD):
+            out_BLHV, lse_BLH = forward(*_operands(q_BLHD, kv_BSD, indices_BLK), scale, d_v)
         out_BLHV = out_BLHV.to(q_BLHD.dtype)
         ctx.save_for_backward(q_BLHD, kv_BSD, indices_BLK, out_BLHV, lse_BLH)
         ctx.scale, ctx.deterministic = scale, deterministic
@@ -59,10 +61,11 @@ class _SparseMla(torch.autograd.Function):
         query_BLHD, latent_BSD, slots_BLK = _operands(q_BLHD, kv_BSD, indices_BLK)
         dout_BLHV, out_BLHV = (x.to(query_BLHD.dtype).contiguous() for x in (dout_BLHV, out_BLHV))
         needs_dq, needs_dkv, *_ = ctx.needs_input_grad
-        dq_BLHD, dkv_BSD = backward(
-            dout_BLHV, query_BLHD, latent_BSD, slots_BLK, out_BLHV, lse_BLH, ctx.scale,
-            needs_dq, needs_dkv, ctx.deterministic,
-        )  # fmt: skip
+        with torch.cuda.device_of(dout_BLHV):
+            dq_BLHD, dkv_BSD = backward(
+                dout_BLHV, query_BLHD, latent_BSD, slots_BLK, out_BLHV, lse_BLH, ctx.scale,
+                needs_dq, needs_dkv, ctx.deterministic,
+            )  # fmt: skip
         if dq_BLHD is not None:
             dq_BLHD = dq_BLHD.to(q_BLHD.dtype)
         return dq_BLHD, None if dkv_BSD is None else dkv_BSD.to(kv_BSD.dtype), None, None, None, None

@@ -50,7 +50,7 @@ MAX_CHUNK_ROWS = 512
 BLOCK_COLUMNS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def sparse_mla_probabilities_kernel(
     q_ptr: tl.tensor,
     kv_ptr: tl.tensor,
@@ -120,7 +120,7 @@ def sparse_mla_probabilities_kernel(
         tl.store(ds_ptr + offset, ds.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def sparse_mla_dq_kernel(
     kv_ptr: tl.tensor,
     indices_ptr: tl.tensor,
@@ -174,7 +174,7 @@ def sparse_mla_dq_kernel(
         store_part(dq_ptr, dq_offset, is_head, total2, V, D, REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def sparse_mla_dkv_kernel(
     q_ptr: tl.tensor,
     dout_ptr: tl.tensor,
@@ -263,7 +263,7 @@ def _gathering_constants(H: int, D: int, V: int, tile: Tile) -> Mapping[str, int
     }  # fmt: skip
 
 
-def _dkv_constants(H: int, D: int, V: int, tile: Tile, deterministic: bool) -> Iterator[Mapping[str, int | bool]]:
+def dkv_constants(H: int, D: int, V: int, tile: Tile, deterministic: bool) -> Iterator[Mapping[str, int | bool]]:
     """The compile-time arguments of both launches: columns that are values too, columns that are key only."""
     for first, last, values in ((0, V, True), (V, D, False)):
         if first < last:
@@ -320,7 +320,7 @@ def backward(
                 )  # fmt: skip
             if dkv_BSD is None:
                 continue
-            for columns in _dkv_constants(H, D, V, tile_dkv, deterministic):
+            for columns in dkv_constants(H, D, V, tile_dkv, deterministic):
                 blocks = triton.cdiv(K, tile_dkv.keys) * triton.cdiv(
                     columns["LAST"] - columns["FIRST"], columns["BLOCK_X"]
                 )
@@ -361,7 +361,7 @@ def specs(arch: int) -> list[KernelSpec]:
         ),
     ]  # fmt: skip
     for deterministic in (True, False):
-        for columns in _dkv_constants(H, D, V, tile_dkv, deterministic):
+        for columns in dkv_constants(H, D, V, tile_dkv, deterministic):
             name = f"sparse_mla.dkv.{'values' if columns['VALUES'] else 'rest'}{'' if deterministic else '.atomic'}"
             signature = {
                 "q_ptr": "*bf16", "dout_ptr": "*bf16", "indices_ptr": "*i32", "p_ptr": "*bf16", "ds_ptr": "*bf16",

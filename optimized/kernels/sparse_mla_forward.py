@@ -128,7 +128,7 @@ def store_part(
     tl.store(base_ptr + offset[:, None] + column[None, :], value.to(base_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def sparse_mla_forward_kernel(
     q_ptr: tl.tensor,
     kv_ptr: tl.tensor,

@@ -44,7 +44,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {}
 _PACKAGES = {"triton": "..kernels", "native": "..native"}
 
 # What a device's operators are by default, where that can be used; else "torch".
-_DEFAULTS = {"cuda": "triton"}
+_DEFAULTS = {"cuda": "triton", "cpu": "native"}
 
 
 def register(operator: str, backend: str) -> Callable[[Implementation], Implementation]:

@@ -4,8 +4,7 @@ Letters: B batch, L query rows, S key slots, H attention heads, D q/k width, V v
 E indexer head dim, K selected keys.
 """
 
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -251,18 +250,17 @@ def test_divergence_of_every_width(kind, J, E, H, D):
     assert_agrees(indexer_kl, leaves, arguments, factor=512)
 
 
+# No two axes have the same size, so that a tensor's shape says what its axes are.
 CASES = {
-    "sparse_mla": lambda dtype=torch.float32: (sparse_mla, *sparse_case(2, 70, 90, 8, 40, 32, 30, dtype=dtype)),
-    "dense_mla": lambda dtype=torch.float32: (
-        dense_mla, *dense_case(2, 150, 150, 3, 40, 32, causal(2, 150, 150), dtype=dtype)
+    "sparse_mla": lambda dtype: (sparse_mla, *sparse_case(2, 70, 90, 8, 40, 32, 30, dtype=dtype)),
+    "dense_mla": lambda dtype: (dense_mla, *dense_case(2, 150, 160, 3, 40, 32, causal(2, 150, 160), dtype=dtype)),
+    "masked dense_mla": lambda dtype: (
+        dense_mla, *dense_case(1, 150, 160, 3, 40, 32, packed(150, [1, 90, 50]), dtype=dtype, K=20)
     ),
-    "masked dense_mla": lambda dtype=torch.float32: (
-        dense_mla, *dense_case(1, 150, 150, 3, 40, 32, packed(150, [1, 90, 50]), dtype=dtype, K=20)
+    "indexer_kl": lambda dtype: (
+        indexer_kl, *kl_case(2, 150, 160, 4, 16, 8, 40, causal(2, 150, 160), heads=True, dtype=dtype)
     ),
-    "indexer_kl": lambda dtype=torch.float32: (
-        indexer_kl, *kl_case(2, 150, 150, 4, 16, 8, 40, causal(2, 150, 150), heads=True, dtype=dtype)
-    ),
-    "selected indexer_kl": lambda dtype=torch.float32: (
+    "selected indexer_kl": lambda dtype: (
         indexer_kl, *kl_case(2, 70, 90, 4, 16, 8, 40, causal(2, 70, 90), heads=False, K=30, dtype=dtype)
     ),
 }  # fmt: skip
@@ -291,7 +289,7 @@ def test_fp64_is_the_torch_implementation(case):
 
 @needs_library
 def test_results_repeat_bit_by_bit_with_any_number_of_threads(case, threads):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
     results = []
     for count in (1, 1, 2, 3, 7):
         threads(count)
@@ -312,7 +310,7 @@ def test_selection_repeats_bit_by_bit_with_any_number_of_threads(threads):
 
 @needs_library
 def test_inputs_need_not_be_contiguous(case):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
 
     def scattered(x):
         # Every second element of a tensor with its last two axes swapped.
@@ -332,7 +330,7 @@ def test_inputs_need_not_be_contiguous(case):
 
 @needs_library
 def test_only_the_gradients_that_are_needed_are_computed(case):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
     everything = with_gradients(operator, leaves, arguments, "native")[2:]
     for needed, expected in enumerate(everything):
         some = [x.detach().requires_grad_(i == needed) for i, x in enumerate(leaves)]
@@ -341,7 +339,7 @@ def test_only_the_gradients_that_are_needed_are_computed(case):
 
 @needs_library
 def test_lse_has_no_gradient_and_the_gradient_none_of_its_own(case):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
     first, second = operator(*leaves, *arguments, backend="native")
     assert not second.requires_grad
     (gradient,) = torch.autograd.grad(first.sum(), leaves[0], create_graph=True)
@@ -352,35 +350,34 @@ def test_lse_has_no_gradient_and_the_gradient_none_of_its_own(case):
 @needs_library
 @pytest.mark.parametrize("poison", [NAN, INF, 1e30])
 def test_keys_that_a_row_may_not_see_do_not_reach_it(case, poison):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
     S = leaves[1].shape[1]
-    hidden = S - 1
-    arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    for x in arguments:
-        if isinstance(x, torch.Tensor) and not x.is_floating_point():
-            # Bounds end before the poisoned key; of a selection, it is dropped.
-            if x.shape[-1] == 2:
-                x.clamp_(max=hidden)
-            else:
-                x[x == hidden] = -1
+    last = S - 1
+
+    def without(x):
+        if not isinstance(x, torch.Tensor) or x.is_floating_point():
+            return x
+        # Bounds end before the last key, and of a selection it is dropped.
+        return x.clamp(max=last) if x.shape[-1] == 2 else x.where(x != last, -1)
+
+    arguments = [without(x) for x in arguments]
     clean = with_gradients(operator, leaves, arguments, "native")
-    poisoned = [x.detach().clone().requires_grad_() for x in leaves]
-    keys = [x for x in (*poisoned[1:], *arguments) if isinstance(x, torch.Tensor) and x.shape[:2] == leaves[1].shape[:2]]
-    changed = [x for x in keys if x.is_floating_point() and x.ndim > 2 and (x is not poisoned[-1] or operator is not indexer_kl)]
-    with torch.no_grad():
-        for x in changed:
-            x[:, hidden] = poison
-    got = with_gradients(operator, poisoned, arguments, "native")
+
+    def poisoned(x):
+        if not isinstance(x, torch.Tensor) or x.shape[1] != S:
+            return x
+        return x.detach().index_fill(1, torch.tensor([last]), poison).requires_grad_(x.requires_grad)
+
+    got = with_gradients(operator, [poisoned(x) for x in leaves], [poisoned(x) for x in arguments], "native")
     for a, b in zip(clean, got, strict=True):
-        # A finite poison takes the same path; other values may take another, which rounds in another way.
+        # Not bit by bit: what is not finite may take another path, which rounds in another way.
         assert_near(b, a)
-        assert b.isfinite().all() or (b == -INF).any()
 
 
 @needs_library
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_values_that_are_not_finite_are_seen_by_those_who_see_them(case, value):
-    operator, leaves, arguments = case()
+    operator, leaves, arguments = case(torch.float32)
     poisoned = [x.detach().clone().requires_grad_() for x in leaves]
     with torch.no_grad():
         poisoned[0][0, 60, 0, 1] = value
@@ -435,7 +432,9 @@ def test_exp_and_log_are_right_to_two_units_in_the_last_place():
 
 @needs_library
 def test_exp_at_its_ends():
-    x = torch.tensor([-INF, -1e30, -104.0, -88.0, -0.0, 0.0, 88.0, 89.0, 1e30, INF, NAN, -NAN, 1.0, -1.0, 1e-30, -1e-30])
+    x = torch.tensor(
+        [-INF, -1e30, -104.0, -88.0, -0.0, 0.0, 88.0, 89.0, 1e30, INF, NAN, -NAN, 1.0, -1.0, 1e-30, -1e-30]
+    )
     y = torch.empty_like(x)
     build.call("exp_of", x, 16, y)
     # Numbers too small to be normal come out as 0.
@@ -493,16 +492,10 @@ def test_a_damaged_file_in_the_cache_is_built_anew(tiny, damage):
     assert [build._digest(x.read_bytes()) in x.name for x in cache.iterdir()] == [True]
 
 
-def test_two_processes_may_build_at_once(tiny, tmp_path):
-    source, cache = tiny
-    script = (
-        "import sys; from pathlib import Path; from optimized.native import build;"
-        "build.SOURCES, build.HEADERS = [Path(sys.argv[1])], []; print(build.library().answer())"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", script, str(source)], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0] for process in started] == ["42\n", "42\n"]
+def test_any_number_of_builds_may_run_at_once(tiny):
+    _, cache = tiny
+    with ThreadPoolExecutor(3) as pool:
+        assert [library.answer() for library in pool.map(lambda _: build_library(), range(3))] == [42] * 3
     assert all(x.suffix == ".so" for x in cache.iterdir())
 
 
@@ -522,7 +515,9 @@ def test_without_a_compiler_the_reason_is_a_sentence(tiny, monkeypatch, compiler
     build.library.cache_clear()
     try:
         with pytest.raises(ValueError, match=f"backend is 'native', which cannot be used here: .*{sentence}"):
-            sparse_mla(randn(1, 1, 1, 1), randn(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int32), 1.0, 1, backend="native")
+            sparse_mla(
+                randn(1, 1, 1, 1), randn(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int32), 1.0, 1, backend="native"
+            )
     finally:
         build.why_unusable.cache_clear()
         build.library.cache_clear()

@@ -593,7 +593,7 @@ def sparse(forward_module, backward_module):
     assert_close(weights[0].T, p.detach(), **near)
     backward.sparse_mla_dq_kernel[(1,)](start_of(kv), indices, slopes, start_of(dq), row, K, **constants)
     assert_close(at(dq, row * H * D, H, D), leaf_q.grad, **near)
-    for columns in backward._dkv_constants(H, D, V, tile, False):
+    for columns in backward.dkv_constants(H, D, V, tile, False):
         blocks = -(-(columns["LAST"] - columns["FIRST"]) // columns["BLOCK_X"])
         backward.sparse_mla_dkv_kernel[(blocks,)](
             start_of(q), start_of(dout), indices, weights, slopes, start_of(dkv), row, K, **columns)

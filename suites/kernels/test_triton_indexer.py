@@ -133,6 +133,25 @@ def test_equal_scores_go_to_the_lowest_index():
     assert torch.equal(triton_topk(q, k, w, causal(1, L, S), 3)[0], indices)
 
 
+def test_keys_at_the_edges_of_tiles():
+    S = 258
+    # A batch entry each, so that no row widens what another one's tile sees.
+    bounds = torch.tensor([[31, 33], [127, 129], [128, 256], [127, 128], [64, 129], [0, 257], [255, 258]])[:, None]
+    B = len(bounds)
+    q, k, w = small_integers(B, 1, 3, 8), small_integers(B, S, 8), small_integers(B, 1, 3)
+    scores, visible = plain_scores(q, k, w), visible_BLS(bounds, S)
+    indices, lse = triton_topk(q, k, w, bounds, 50)
+    assert torch.equal(indices, plain_topk(scores, visible, 50))
+    assert_near(lse, scores.masked_fill(~visible, -INF).logsumexp(-1))
+
+    indexer, main_q, main_k = kl_inputs(B, 1, S, J=2, E=8, H=2, D=8, shared=False)
+    rows, grads = triton_kl(indexer, main_q, main_k, plain_lse(main_q, main_k, visible, 1.0), bounds, 1.0)
+    expected_rows, expected = plain_kl_and_gradients(indexer, main_q, main_k, visible, 1.0)
+    assert_near(rows, expected_rows)
+    for mine, theirs in zip(grads, expected, strict=True):
+        assert_near(mine, theirs)
+
+
 @pytest.mark.parametrize("count", [4, 5, 6])
 def test_rows_with_about_as_many_keys_as_selected(count):
     bounds = torch.tensor([[[0, 4], [3, 8], [2, 8], [0, 8], [7, 7]]])
@@ -175,7 +194,7 @@ def test_radix_selection_of_any_floats():
     logits[6] = -3.0
     bounds = torch.tensor([[3, 2500], [0, 2499], [17, 2100], [0, 2500], [1, 2500], [9, 2000], [1025, 2500]])
     selected = {}
-    for k in (1, 299, 2048):
+    for k in (1, 299, 1000, 2048):
         indices = torch.full((C, k), -1, dtype=torch.int32, device=DEVICE)
         radix_topk(logits.to(DEVICE), bounds.int().to(DEVICE), k, 0, indices)
         expected = select_topk(logits[None], visible_BLS(bounds[None], n), k)[0]
@@ -306,6 +325,9 @@ def test_hidden_values_reach_neither_divergence_nor_gradients(poison, shared, se
     bounds = packed(L, [2, 3])
     indices = torch.tensor([0, -1, 1, 2, 4]).repeat(1, L, 1) if selected else None
     indexer, q, k = kl_inputs(1, L, L, J=3, E=5, H=2, D=8, shared=shared)
+    if poison == 1e30:
+        # The product with a hidden key then overflows, and 0 times infinity is NaN.
+        indexer[0][:, 0] = poison
     inputs = {"iq": indexer[0], "ik": indexer[1], "w": indexer[2], "q": q, "k": k}
 
     def run(iq, ik, w, q, k):
