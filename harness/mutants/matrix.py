@@ -4,6 +4,7 @@ A pass is one subject on one seed. The oracle of a seed is made once in each pro
 """
 
 import atexit
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -35,8 +36,10 @@ RIGHT = ("optimized", "optimized", "reference")
 CASES = ("text", "left-padded", "packed", "fp8")
 # bf16 shows faults of the model's own dtype and nothing else.
 BF16_CASES = ("text",)
-OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "odd-shapes")
+OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "many-keys", "odd-shapes")
 BF16_OF_OPERATORS = ("causal",)
+# Key slots where the interpreter runs the operators, at some milliseconds a row.
+INTERPRETED_LENGTH = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +117,12 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
             "float32": ((_turn(CASE_NAMES, number),), operators),
             "bfloat16": ((_turn(CASE_NAMES, number + 3),), operators),
         }
+    length = length_for(config, CONFIG)
+    if subject.factory is None:
+        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), OF_OPERATORS)}
     for dtype, (of_models, of_operators) in of_dtypes.items():
         yield Plan(
-            subject, config, state, seed, length_for(config, CONFIG), 2, torch.device("cpu"), (dtype,), of_models, checks,
+            subject, config, state, seed, length, 2, torch.device("cpu"), (dtype,), of_models, checks,
             operator_cases=of_operators,
         )  # fmt: skip
 
@@ -164,6 +170,8 @@ _ORACLES = Oracles()
 def start_worker() -> None:
     """Prepare a process that runs passes: one thread, and nothing printed."""
     torch.set_num_threads(1)
+    # Read when Triton is first imported, which is not yet.
+    os.environ["TRITON_INTERPRET"] = "1"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -238,7 +238,7 @@ def dense_mla_dkv_kernel(
 
 
 def dq_tile(D: int, V: int, dtype: torch.dtype, arch: int, guarded: bool) -> Tile:
-    """Tile of the kernel for dq, which holds q, dout and the sums of its rows."""
+    """Tile of the kernel for dq, which holds q, dout and the sums of its rows; the guarded form needs more registers."""
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     if max(D, V) > 256:
@@ -247,7 +247,11 @@ def dq_tile(D: int, V: int, dtype: torch.dtype, arch: int, guarded: bool) -> Til
 
 
 def dkv_tile(D: int, V: int, dtype: torch.dtype, arch: int, guarded: bool) -> Tile:
-    """Tile of the kernel for dk and dv, which holds k, v and the sums of its keys: keys are the rows of its products."""
+    """Tile of the kernel for dk and dv, which holds k, v and the sums of its keys.
+
+    Keys are the rows of its products. On sm_90 it is better to walk in steps of 32 query rows than to own fewer than 128
+    keys, with which the two warp groups would share the rows of their products.
+    """
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1)
     if max(D, V) > 256:
@@ -256,7 +260,7 @@ def dkv_tile(D: int, V: int, dtype: torch.dtype, arch: int, guarded: bool) -> Ti
         return Tile(32, 32, 8, 2)
     if arch < 90:
         return Tile(64, 32, 8, 2)
-    return Tile(64 if arch >= 100 else 32, 128, 8, 2)
+    return Tile(32, 128, 8, 2)
 
 
 def backward(

@@ -60,7 +60,7 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def chunk_rows(rows: int, bytes_per_row: int, multiple: int) -> int:
+def rows_per_chunk(rows: int, bytes_per_row: int, multiple: int) -> int:
     """Rows of a chunk whose largest buffer has that many bytes a row: a multiple of the tile, by sizes alone."""
     fitting = min(MAX_CHUNK_ROWS, CHUNK_BYTES // max(1, bytes_per_row), rows)
     return max(1, math.ceil(max(fitting, 1) / multiple)) * multiple

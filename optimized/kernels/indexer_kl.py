@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from optimized.kernels.common import KernelSpec, architecture, check_runnable
-from optimized.kernels.index_logits import chunk_rows, index_logits, logits_tile, operand, row_length
+from optimized.kernels.index_logits import index_logits, logits_tile, operand, row_length, rows_per_chunk
 from optimized.kernels.indexer_kl_dense import dense_dk, dense_dk_tile, dense_dq, dense_dq_tile, head_groups
 from optimized.kernels.indexer_kl_selected import selected_gradients, selected_logits, selected_tile
 from optimized.kernels.indexer_kl_target import dense_target, dense_target_tile, selected_target, selected_target_tile
@@ -229,7 +229,7 @@ def _stream_dense(x: Inputs, wanted: bool) -> tuple[Tensor, Gradients | None]:
     dq_tile, dk_tile = dense_dq_tile(arch, x.gradient_dtype, E), dense_dk_tile(x.gradient_dtype, E)
     kl_BL = torch.zeros(B, L, dtype=torch.float32, device=x.iq_BLJE.device)
     grads = x.zero_gradients(head_groups(S, J, dk_tile)) if wanted else None
-    rows = chunk_rows(L, 4 * S, tile.rows)
+    rows = rows_per_chunk(L, 4 * S, tile.rows)
     score_buffer, p_buffer = kl_BL.new_empty(2, min(rows, L) * (S + tile.keys))
     for b, first, last, low, high in row_chunks(x.bounds_BL2, rows):
         here, keys = (b, slice(first, last)), (b, slice(low // tile.keys * tile.keys, high))
@@ -257,12 +257,12 @@ def _stream_selected(x: Inputs, indices_BLK: Tensor, wanted: bool) -> tuple[Tens
     if K == 0:
         return kl_BL, grads
     row_bytes = 4 * max(K * E if wanted else K, S if per_head else 0)
-    rows = chunk_rows(L, row_bytes, dense_tile.rows if per_head else 1)
+    rows = rows_per_chunk(L, row_bytes, dense_tile.rows if per_head else 1)
     score_buffer, p_buffer = kl_BL.new_empty(2, min(rows, L) * K)
     for b, first, last, low, high in row_chunks(x.bounds_BL2, rows):
         here, keys = (b, slice(first, last)), (b, slice(low // tile.keys * tile.keys, high))
         bounds_C2 = (x.bounds_BL2[here] - keys[1].start).int().contiguous()
-        slots_CK = indices_BLK[here].int() - keys[1].start
+        slots_CK = indices_BLK[here].int().contiguous() - keys[1].start
         slots_CK = slots_CK.masked_fill_((slots_CK < bounds_C2[:, :1]) | (slots_CK >= bounds_C2[:, 1:]), -1)
         score_CK, p_CK = carve(score_buffer, last - first, K), carve(p_buffer, last - first, K)
         lse_C = selected_logits(*x.index_operands(here, keys), slots_CK, score_CK, tile)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimized.kernels.common import architecture, check_runnable
-from optimized.kernels.index_logits import chunk_rows, index_logits, logits_tile, operand, row_length
+from optimized.kernels.index_logits import index_logits, logits_tile, operand, row_length, rows_per_chunk
 from optimized.kernels.radix_topk import radix_topk
 from optimized.ops.backend import carve, register, row_chunks
 
@@ -30,7 +30,7 @@ def indexer_topk_triton(
     S, device = k_BSE.shape[1], q_BLJE.device
     dtype = torch.promote_types(q_BLJE.dtype, k_BSE.dtype)
     tile = logits_tile(architecture(device), dtype, k_BSE.shape[2])
-    rows = chunk_rows(L, 4 * S, tile.rows)
+    rows = rows_per_chunk(L, 4 * S, tile.rows)
     indices_BLK = torch.full((B, L, min(k, S)), -1, dtype=torch.int32, device=device)
     lse_BL = torch.full((B, L), -torch.inf, dtype=torch.float32, device=device)
     buffer = torch.empty(min(rows, L) * (S + tile.keys), dtype=torch.float32, device=device)

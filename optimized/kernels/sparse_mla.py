@@ -18,7 +18,7 @@ from optimized.ops.backend import register
 
 @register("sparse_mla", "triton")
 def _sparse_mla_triton(
-    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int, *, deterministic: bool = True
+    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int, *, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     check_runnable("sparse_mla", q_BLHD, kv_BSD)
     out_BLHV, lse_BLH = _SparseMla.apply(q_BLHD, kv_BSD, indices_BLK, scale, d_v, deterministic)

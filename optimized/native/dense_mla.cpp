@@ -2,7 +2,11 @@
 //
 // The forward pass keeps a running maximum over tiles of keys, as flash attention does. The backward pass knows
 // lse; it walks over the keys twice per block, first for P, dP and Delta, then for the three gradients, because
-// dS = P (dP - Delta) needs Delta complete. Operands must be finite (a weight of 0 hides a key in the products).
+// dS = P (dP - Delta) needs Delta complete.
+//
+// A product over keys or rows hides some of them by a weight of 0, so what it sums must be finite: v and, in the
+// backward pass, `clean_k` come with 0 for what is not, and so do the rows that are packed here. The caller puts NaN
+// where such an entry is visible. Logits and dP belong to one key and row each, and are overwritten where hidden.
 
 #include <atomic>
 #include <cmath>
@@ -115,10 +119,10 @@ public:
           dout_rows(LANES * shape.padded_v()), dq_columns(shape.D * LANES), weights(shape.S * LANES),
           dlogits(shape.S * LANES) {}
 
-    // q, lse, dout and dq of the block's first row and head; k [S, D], v [S, V] and the gradients that are added
+    // q, lse, dout and dq of the block's first row and head; k and clean_k [S, D], v [S, V] and the gradients that are added
     // to, dk [S, padded D] and dv [S, padded V], of the head.
-    void block(const Block& block, const float* q, const float* k, const float* v, const float* lse,
-               const float* dout, float* dq, float* dk, float* dv) {
+    void block(const Block& block, const float* q, const float* k, const float* clean_k, const float* v,
+               const float* lse, const float* dout, float* dq, float* dk, float* dv) {
         visible.set(block.bounds, block.indices, shape.K, block.rows);
         pack_columns(q, shape.H * shape.D, block.rows, shape.D, scale, q_columns);
         pack_columns(dout, shape.H * shape.V, block.rows, shape.V, 1.0f, dout_columns);
@@ -134,7 +138,7 @@ public:
         for_tiles([&](int64_t first, int64_t last) {
             float *weight = weights + (first - visible.low) * LANES, *dlogit = dlogits + (first - visible.low) * LANES;
             finish_dlogits(first, last, weight, dlogit);
-            sum_over_keys(k + first * shape.D, shape.D, dlogit, last - first, shape.D, dq_columns);
+            sum_over_keys(clean_k + first * shape.D, shape.D, dlogit, last - first, shape.D, dq_columns);
             sum_over_rows(dlogit, last - first, q_rows, block.rows, shape.padded_d(), dk + first * shape.padded_d());
             sum_over_rows(weight, last - first, dout_rows, block.rows, shape.padded_v(),
                              dv + first * shape.padded_v());
@@ -218,8 +222,8 @@ void forward(const Shape& shape, int64_t B, const float* q, const float* k, cons
     });
 }
 
-void backward(const Shape& shape, int64_t B, const float* q, const float* k, const float* v, const int32_t* bounds,
-              const int32_t* indices, const float* lse, const float* dout, float scale, float* dq, float* dk,
+void backward(const Shape& shape, int64_t B, const float* q, const float* k, const float* clean_k, const float* v,
+              const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout, float scale, float* dq, float* dk,
               float* dv, int threads) {
     const int64_t L = shape.L, S = shape.S, K = shape.K, H = shape.H, D = shape.D, V = shape.V;
     int64_t items = B * H;
@@ -231,7 +235,7 @@ void backward(const Shape& shape, int64_t B, const float* q, const float* k, con
             for (int64_t first = b * L; first < (b + 1) * L; first += LANES) {
                 int64_t rows = (b + 1) * L - first < LANES ? (b + 1) * L - first : LANES;
                 Block block{bounds + 2 * first, indices ? indices + first * K : nullptr, static_cast<int>(rows)};
-                state.block(block, q + (first * H + h) * D, k + item * S * D, v + item * S * V, lse + first * H + h,
+                state.block(block, q + (first * H + h) * D, k + item * S * D, clean_k + item * S * D, v + item * S * V, lse + first * H + h,
                             dout + (first * H + h) * V, dq + (first * H + h) * D, dk + item * S * shape.padded_d(),
                             dv + item * S * shape.padded_v());
             }
@@ -251,12 +255,12 @@ EXPORT void dense_mla_forward(const float* q, const float* k, const float* v, co
 }
 
 // dout [B, L, H, V] -> dq like q, and dk [B, H, S, D padded to ALIGNMENT] and dv [B, H, S, V padded], which are added to.
-EXPORT void dense_mla_backward(const float* q, const float* k, const float* v, const int32_t* bounds,
-                               const int32_t* indices, const float* lse, const float* dout, float scale, int64_t B,
+EXPORT void dense_mla_backward(const float* q, const float* k, const float* clean_k, const float* v,
+                               const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout, float scale, int64_t B,
                                int64_t L, int64_t S, int64_t K, int64_t H, int64_t D, int64_t V, float* dq,
                                float* dk, float* dv, int64_t threads) {
     Shape shape{L, S, K, H, D, V};
-    backward(shape, B, q, k, v, bounds, indices, lse, dout, scale, dq, dk, dv, static_cast<int>(threads));
+    backward(shape, B, q, k, clean_k, v, bounds, indices, lse, dout, scale, dq, dk, dv, static_cast<int>(threads));
 }
 
 }  // namespace native

@@ -1,7 +1,7 @@
 """The native `dense_mla`; see `optimized.ops.dense_mla` for its contract and dense_mla.cpp for its plan.
 
-A product that runs over hidden keys hides them by a weight of 0, so it needs finite operands. Inputs that hold
-infinities or NaN, which no healthy run has, go through the torch implementation, which keeps track of them.
+Products over keys hide some of them by a weight of 0, so they are given 0 for what is not finite, and NaN is put
+where such an entry is visible, as in the torch implementation.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from optimized.native.build import call
-from optimized.native.inputs import all_finite, needs_fp64, packed32, padded, slots32, through_torch
+from optimized.native.inputs import clean, mark_keys_, mark_rows_, needs_fp64, packed32, padded, slots32, through_torch
 from optimized.ops.backend import register, without_autocast
 
 
@@ -25,7 +25,7 @@ def _dense_mla_native(
     indices_BLK: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     inputs = (q_BLHD, k_BSHD, v_BSHV)
-    if needs_fp64(*inputs) or not all_finite(*inputs):
+    if needs_fp64(*inputs):
         out_BLHV, lse_BLH = through_torch("dense_mla", *inputs, bounds_BL2, scale, indices_BLK)
     else:
         out_BLHV, lse_BLH = _DenseMla.apply(*inputs, bounds_BL2, scale, indices_BLK)
@@ -56,10 +56,12 @@ class _DenseMla(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sizes = B, L, _, _, H, _, V = _sizes(q_BLHD, v_BSHV, indices_BLK)
         out_BLHV, lse_BLH = torch.empty(B, L, H, V), torch.empty(B, L, H)
+        clean_v_BSHV, bad_v_BSHV = clean(v_BSHV)
         call(
-            "dense_mla_forward", packed32(q_BLHD), _heads_first(k_BSHD), _heads_first(v_BSHV), slots32(bounds_BL2),
+            "dense_mla_forward", packed32(q_BLHD), _heads_first(k_BSHD), _heads_first(clean_v_BSHV), slots32(bounds_BL2),
             None if indices_BLK is None else slots32(indices_BLK), float(scale), *sizes, out_BLHV, lse_BLH,
         )  # fmt: skip
+        mark_rows_(out_BLHV, bad_v_BSHV, bounds_BL2, indices_BLK)
         ctx.save_for_backward(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, lse_BLH)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse_BLH)
@@ -72,8 +74,7 @@ class _DenseMla(torch.autograd.Function):
         if dout_BLHV is None:
             return None, None, None, None, None, None
         with without_autocast(dout_BLHV.device):
-            backward = _backward if all_finite(dout_BLHV) else _backward_through_torch
-            dq_BLHD, dk_BSHD, dv_BSHV = backward(dout_BLHV, ctx.saved_tensors, ctx.scale)
+            dq_BLHD, dk_BSHD, dv_BSHV = _backward(dout_BLHV, ctx.saved_tensors, ctx.scale)
         return dq_BLHD, dk_BSHD, dv_BSHV, None, None, None
 
 
@@ -83,18 +84,15 @@ def _backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float) -> tup
     dq_BLHD = torch.empty(B, L, H, D)
     # Shorter than they are named: the gradients' rows are padded to whole vectors.
     dk_BHSD, dv_BHSV = torch.zeros(B, H, S, padded(D)), torch.zeros(B, H, S, padded(V))
+    key_BHSD = _heads_first(k_BSHD)
+    clean_k_BSHD, bad_k_BSHD = clean(k_BSHD)
+    clean_key_BHSD = key_BHSD if bad_k_BSHD is None else _heads_first(clean_k_BSHD)
     call(
-        "dense_mla_backward", packed32(q_BLHD), _heads_first(k_BSHD), _heads_first(v_BSHV), slots32(bounds_BL2),
-        None if indices_BLK is None else slots32(indices_BLK), lse_BLH, packed32(dout_BLHV), float(scale),
-        *sizes, dq_BLHD, dk_BHSD, dv_BHSV,
+        "dense_mla_backward", packed32(q_BLHD), key_BHSD, clean_key_BHSD, _heads_first(v_BSHV),
+        slots32(bounds_BL2), None if indices_BLK is None else slots32(indices_BLK), lse_BLH, packed32(dout_BLHV),
+        float(scale), *sizes, dq_BLHD, dk_BHSD, dv_BHSV,
     )  # fmt: skip
     dk_BSHD, dv_BSHV = dk_BHSD[..., :D].transpose(1, 2), dv_BHSV[..., :V].transpose(1, 2)
+    mark_rows_(dq_BLHD, bad_k_BSHD, bounds_BL2, indices_BLK)
+    mark_keys_(dv_BSHV, clean(dout_BLHV)[1], bounds_BL2, indices_BLK)
     return dq_BLHD.to(q_BLHD.dtype), dk_BSHD.to(k_BSHD.dtype), dv_BSHV.to(v_BSHV.dtype)
-
-
-def _backward_through_torch(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, ...]:
-    *inputs, bounds_BL2, indices_BLK, _ = saved
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        out_BLHV, _ = through_torch("dense_mla", *leaves, bounds_BL2, scale, indices_BLK)
-    return torch.autograd.grad(out_BLHV, leaves, dout_BLHV)

@@ -111,7 +111,7 @@ inline void dots(const float* rows, int64_t stride, const int32_t* slots, int ke
 }
 
 // out[head][0 .. width) += sum over keys of weights[key][head] * rows[slots[key]], width a multiple of WIDTH.
-inline void weighted_sum(const float* weights, const Lanes& lanes, const float* rows, int64_t stride,
+KEPT_APART void weighted_sum(const float* weights, const Lanes& lanes, const float* rows, int64_t stride,
                          const int32_t* slots, int keys, int64_t width, float* out, int64_t out_stride) {
     for (; keys > 0; keys -= CHUNK, slots += CHUNK, weights += CHUNK * lanes.count)
         for_panels(static_cast<int>(width / WIDTH), [&](auto columns, int first) {

@@ -135,14 +135,22 @@ private:
         Ints most = broadcast(LOWEST);
         for (int i = 0; i < count; i += WIDTH) most = maximum(most, load(order + i));
         // More than k are above `low`, fewer than k above `high`: until one level parts exactly k, or they meet
-        // and `high` is the k-th largest value, of which only the first few are taken.
+        // and `high` is the k-th largest value, of which only the first few are taken. Every second level is
+        // guessed as if scores were spread evenly, which ends most searches early; the others halve the range.
         int64_t high = max_of_lanes(most);
-        int above_high = 0;
-        while (high - low > 1 && above_high != k) {
+        int above_low = count, above_high = 0;
+        for (bool guess = true; high - low > 1 && above_high != k; guess = !guess) {
             int64_t middle = low + (high - low) / 2;
+            if (guess) {
+                float lower = float_of(static_cast<int32_t>(low + 1)), upper = float_of(static_cast<int32_t>(high));
+                float share = (k - above_high) / static_cast<float>(above_low - above_high);
+                int32_t level = order_of(broadcast(upper - (upper - lower) * share))[0];
+                if (level > low && level < high) middle = level;
+            }
             int above = count_above(static_cast<int32_t>(middle));
             if (above > k) {
                 low = middle;
+                above_low = above;
             } else {
                 high = middle;
                 above_high = above;

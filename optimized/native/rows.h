@@ -88,11 +88,14 @@ inline void pack_columns(const float* x, int64_t stride, int rows, int64_t width
     transpose(x, stride, rows, width, factor, packed, LANES);
 }
 
-// The same to rows [LANES][padded], 0 behind `width`.
-inline void pack_rows(const float* x, int64_t stride, int rows, int64_t width, float factor, float* packed, int64_t padded) {
+// The same to rows [LANES][padded], 0 behind `width` and for what is not finite.
+inline void pack_rows(const float* x, int64_t stride, int rows, int64_t width, float factor, float* packed,
+                      int64_t padded) {
     for (int r = 0; r < LANES; ++r)
-        for (int64_t i = 0; i < padded; ++i)
-            packed[r * padded + i] = r < rows && i < width ? x[r * stride + i] * factor : 0.0f;
+        for (int64_t i = 0; i < padded; ++i) {
+            float value = r < rows && i < width ? x[r * stride + i] * factor : 0.0f;
+            packed[r * padded + i] = std::isfinite(value) ? value : 0.0f;
+        }
 }
 
 // sums[m] = keys[m] . all rows' queries, for a tile of keys; `packed` are columns.
@@ -109,7 +112,8 @@ INLINE void key_rows(const float* keys, int64_t stride, int64_t first, int64_t l
 }
 
 // out[i][LANES] += sum over keys of keys[s][i] * weights[s][LANES], for i < width.
-inline void sum_over_keys(const float* keys, int64_t stride, const float* weights, int64_t count, int64_t width, float* out) {
+inline void sum_over_keys(const float* keys, int64_t stride, const float* weights, int64_t count, int64_t width,
+                          float* out) {
     for (int64_t i = 0; i < width; i += M) {
         const float* columns[M];
         for (int m = 0; m < M; ++m) columns[m] = keys + (i + m < width ? i + m : width - 1);
@@ -124,7 +128,8 @@ inline void sum_over_keys(const float* keys, int64_t stride, const float* weight
 }
 
 // out[s][0 .. padded) += sum over rows of weights[s][row] * values[row], for `count` keys; `values` are rows.
-inline void sum_over_rows(const float* weights, int64_t count, const float* values, int rows, int64_t padded, float* out) {
+inline void sum_over_rows(const float* weights, int64_t count, const float* values, int rows, int64_t padded,
+                          float* out) {
     for_panels(static_cast<int>(padded / WIDTH), [&](auto columns, int first) {
         constexpr int C = columns, KEYS = tile_rows(C);
         for (int64_t s = 0; s < count; s += KEYS) {

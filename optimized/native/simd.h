@@ -20,6 +20,8 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// For a loop over tiles whose sums would not stay in registers within a large caller.
+#define KEPT_APART inline __attribute__((noinline))
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace native {
@@ -244,6 +246,18 @@ private:
     std::unique_ptr<T, Free> memory;
 };
 
+// Has the compiler load `x` into a register once. GCC would rather read a vector anew for every multiply-add that it
+// is an operand of, and then loads, not multiply-adds, are what takes the time.
+INLINE void hold(Floats& x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    (void)x;
+#endif
+}
+
 // The micro-kernel: sums[m][n] += sum over i < depth of a[m][i * step] * row(i)[n], n counting vectors.
 // Products are added one by one in the order of i, whatever the shape of the tile.
 template <int M, int N, class Row>
@@ -252,7 +266,10 @@ INLINE void multiply_add(const float* const (&a)[M], int64_t step, Row row, int6
         const float* b = row(i);
         Floats vectors[N];
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) vectors[n] = load(b + n * WIDTH);
+        for (int n = 0; n < N; ++n) {
+            vectors[n] = load(b + n * WIDTH);
+            hold(vectors[n]);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             Floats factor = broadcast(a[m][i * step]);

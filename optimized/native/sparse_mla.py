@@ -13,10 +13,12 @@ from optimized.ops.backend import register, without_autocast
 
 @register("sparse_mla", "native")
 def _sparse_mla_native(
-    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int
+    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int, *, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     if needs_fp64(q_BLHD, kv_BSD):
-        out_BLHV, lse_BLH = through_torch("sparse_mla", q_BLHD, kv_BSD, indices_BLK, scale, d_v)
+        out_BLHV, lse_BLH = through_torch(
+            "sparse_mla", q_BLHD, kv_BSD, indices_BLK, scale, d_v, deterministic=deterministic
+        )
     else:
         out_BLHV, lse_BLH = _SparseMla.apply(q_BLHD, kv_BSD, indices_BLK, scale, d_v)
     return out_BLHV, lse_BLH

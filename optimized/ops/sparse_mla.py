@@ -38,7 +38,14 @@ from optimized.ops.backend import (
 
 @opaque
 def sparse_mla(
-    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int, *, backend: str | None = None
+    q_BLHD: Tensor,
+    kv_BSD: Tensor,
+    indices_BLK: Tensor,
+    scale: float,
+    d_v: int,
+    *,
+    deterministic: bool = True,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query row over its own selected keys (report eq. 2), absorbed MQA form.
 
@@ -49,6 +56,8 @@ def sparse_mla(
             twice); -1, anywhere in the row, is no key.
         scale: factor of the logits.
         d_v: value width V, 1 to D.
+        deterministic: whether kv's gradient must be the same bits in every run. False lets an implementation add by
+            float atomics, in Triton without room for each row's shares; others are deterministic anyway.
         backend: name of the implementation, None for the device's default.
 
     Returns:
@@ -56,7 +65,7 @@ def sparse_mla(
         lse_BLH: natural logsumexp of the scaled logits, fp32 (fp64 if an input is fp64), -inf for rows
             without keys; not differentiable.
 
-    Differentiable in q and kv; both gradients are accumulated in the compute dtype and deterministic on CPU.
+    Differentiable in q and kv; both gradients are accumulated in the compute dtype.
     Slots that no index names are never read, and a NaN in one reaches neither outputs nor gradients. Raises
     ValueError for shapes, dtypes, devices, indices or d_v that do not fit, or a backend that does not exist.
     """
@@ -70,13 +79,19 @@ def sparse_mla(
         raise ValueError(f"d_v is {d_v!r}, but it must be an integer from 1 to D = {sizes['D']}.")
     run = implementation("sparse_mla", backend, device)
     with without_autocast(device):
-        out_BLHV, lse_BLH = run(q_BLHD, kv_BSD, indices_BLK, scale, d_v)
+        out_BLHV, lse_BLH = run(q_BLHD, kv_BSD, indices_BLK, scale, d_v, deterministic=deterministic)
     return out_BLHV, lse_BLH
 
 
 @register("sparse_mla", "torch")
 def _sparse_mla_torch(
-    q_BLHD: Tensor, kv_BSD: Tensor, indices_BLK: Tensor, scale: float, d_v: int
+    q_BLHD: Tensor,
+    kv_BSD: Tensor,
+    indices_BLK: Tensor,
+    scale: float,
+    d_v: int,
+    *,
+    deterministic: bool,  # noqa: ARG001 - it always is
 ) -> tuple[Tensor, Tensor]:
     out_BLHV, lse_BLH = _SparseMla.apply(q_BLHD, kv_BSD, indices_BLK, scale, d_v)
     return out_BLHV, lse_BLH

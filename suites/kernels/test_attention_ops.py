@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from optimized.ops import dense_mla, indexer_topk, sparse_mla
+from optimized.ops import backend, dense_mla, indexer_topk, sparse_mla
 from optimized.ops.indexer_topk import GROUP, GROUPED_SEARCH_KEYS, select_topk
 from suites.kernels.plain import (
     BOUNDS,
@@ -27,6 +27,12 @@ from suites.kernels.plain import (
     random_selection,
     visible_BLS,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def torch_operators(monkeypatch):
+    """These tests are of the torch implementation, whatever the machine's default is."""
+    monkeypatch.setattr(backend, "_DEFAULTS", {"cuda": "triton"})
 
 
 @pytest.fixture(params=list(BOUNDS))

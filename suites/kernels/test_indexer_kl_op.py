@@ -29,6 +29,12 @@ from suites.kernels.plain import (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def torch_operators(monkeypatch):
+    """These tests are of the torch implementation, whatever the machine's default is."""
+    monkeypatch.setattr(backend, "_DEFAULTS", {"cuda": "triton"})
+
+
 @pytest.fixture(params=list(BOUNDS))
 def geometry(request):
     return BOUNDS[request.param]

@@ -33,6 +33,7 @@ from suites.kernels.plain import (
     random_selection,
     visible_BLS,
 )  # fmt: skip
+from suites.kernels.test_indexer_kl_op import LargestTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[2]
@@ -305,13 +306,17 @@ def test_all_keys_selected_is_the_dense_divergence(shared):
         assert_near(fewer[0], dense[0])
 
 
-def test_divergence_of_inputs_in_pieces():
+@pytest.mark.parametrize("selected", [False, True])
+def test_divergence_of_inputs_in_pieces(selected):
     B, L, S, J, E, H, D = 5, 3, 6, 2, 4, 2, 8
     iq, ik = randn(B, J, E, L).permute(0, 3, 1, 2), randn(B, E, S).mT
     w, q, k = randn(1, 1, J).expand(B, L, J), randn(B, D, H, L).permute(0, 3, 2, 1), randn(B, H, S, D).transpose(1, 2)
     bounds = causal(1, L, S).expand(B, L, 2)
-    visible = visible_BLS(bounds, S)
-    rows, grads = triton_kl((iq, ik, w), q, k, plain_lse(q, k, visible, 0.4), bounds, 0.4)
+    # Stored with rows and places the other way round, and of the dtype that needs no conversion.
+    indices = torch.rand(B, L, S).argsort(-1)[..., :4].mT.contiguous().mT.int() if selected else None
+    assert indices is None or not indices.is_contiguous()
+    visible = visible_BLS(bounds, S, indices)
+    rows, grads = triton_kl((iq, ik, w), q, k, plain_lse(q, k, visible, 0.4), bounds, 0.4, indices)
     expected_rows, expected = plain_kl_and_gradients((iq, ik, w), q, k, visible, 0.4)
     assert_near(rows, expected_rows)
     for mine, theirs in zip(grads, expected, strict=True):
@@ -419,6 +424,47 @@ def check_models_sizes(indexer, q, k, bounds, indices):
 
 
 # --- what holds of all of them ---
+
+
+def test_buffers_grow_with_the_length_and_not_with_its_square(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("optimized.kernels.index_logits"), "CHUNK_BYTES", 1)
+    largest = {}
+    for L in (256, 512):
+        bounds = causal(1, L, L)
+        indexer, q, k = kl_inputs(1, L, L, J=2, E=4, H=2, D=4)
+        with LargestTensor() as seen:
+            triton_topk(*indexer, bounds, 3)
+            triton_kl(indexer, q, k, torch.zeros(1, L, 2), bounds, 1.0)
+        largest[L] = seen.numel
+    # The interpreter copies storages as bytes, four an element.
+    assert largest[512] < 4 * 512 * 512
+    assert largest[512] <= 2 * largest[256]
+
+
+@pytest.mark.skipif(not interpreted(), reason="On a GPU every other test runs its tiles.")
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [(80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16)]
+)
+def test_tiles_of_gpus(monkeypatch, arch, dtype):
+    """The interpreter has tiles of its own, which suit it; here it runs those that GPUs get."""
+    for name in ("index_logits", "indexer_kl_dense", "indexer_kl_selected", "indexer_kl_target", "radix_topk"):
+        monkeypatch.setattr(importlib.import_module(f"optimized.kernels.{name}"), "interpreted", lambda: False)
+    for name in ("indexer_topk", "indexer_kl"):
+        monkeypatch.setattr(importlib.import_module(f"optimized.kernels.{name}"), "architecture", lambda _: arch)
+    L, S = 3, 70
+    bounds = torch.tensor([[[0, 70], [33, 66], [5, 5]]])
+    q, k, w = (small_integers(1, *shape, dtype=dtype) for shape in ((L, 3, 20), (S, 20), (L, 3)))
+    visible = visible_BLS(bounds, S)
+    assert torch.equal(triton_topk(q, k, w, bounds, 9)[0], plain_topk(plain_scores(q, k, w), visible, 9))
+    for shared, selected in MODES:
+        indexer, q, k = kl_inputs(1, L, S, dtype, H=2, shared=shared)
+        indices = random_selection(visible, 37) if selected else None
+        seen = visible_BLS(bounds, S, indices)
+        rows, grads = triton_kl(indexer, q, k, plain_lse(q, k, seen, 1.0), bounds, 1.0, indices)
+        expected_rows, expected = plain_kl_and_gradients(indexer, q, k, seen, 1.0)
+        assert_near(rows, expected_rows)
+        for mine, theirs in zip(grads, expected, strict=True):
+            assert_near(mine, theirs, rounded_to=dtype)
 
 
 @pytest.mark.parametrize("width", [1, 16, 20, 40, 64, 128, 192, 200, 320, 576])

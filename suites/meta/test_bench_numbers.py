@@ -303,6 +303,27 @@ def test_a_share_of_the_peers_memory():
     assert floor_verdict(target, "optimized", values, "cpu", "").status is Status.SKIPPED
 
 
+def test_the_commands_of_the_floors_get_all_of_them():
+    lengths = "512,1024,2048,4096,8192"
+    contest = check_request(Request(lengths=lengths, against="transformers,dense-flash", floors=True))
+    assert len(contest.floors) == 12
+    assert [contest.repeats(length) for length in contest.lengths] == [7, 7, 7, 3, 3]
+    wide = ("index_n_heads=64", "index_head_dim=128")
+    assert len(check_request(Request(lengths="2048", batch=2, overrides=wide, floors=True)).floors) == 2
+    assert len(check_request(Request(lengths="32768", passes="kl", against="none", floors=True)).floors) == 1
+    assert {target.claim for target in TARGETS} == {
+        target.claim
+        for request in (
+            Request(lengths=lengths, against="transformers,dense-flash"),
+            Request(lengths="2048", batch=2, overrides=wide),
+            Request(lengths="32768", passes="kl", against="none"),
+        )
+        for target in check_request(request).floors
+    }
+    with pytest.raises(ValueError, match="--floors: no floor is on record"):
+        check_request(Request(lengths="2048", batch=2, floors=True))
+
+
 def test_a_command_repeats_a_part_of_itself():
     overrides = ("index_topk=8",)
     contest = check_request(Request(config="tiny", lengths="64,32", batch=2, overrides=overrides, backend="torch"))

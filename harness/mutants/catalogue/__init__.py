@@ -1,12 +1,13 @@
 """The mutants, by what they break."""
 
 from ..mutant import Mutant
-from . import generic, indexer, kernels, losses, model, selection
+from . import fused, generic, indexer, kernels, losses, model, selection
 
 MUTANTS: tuple[Mutant, ...] = (
     *indexer.MUTANTS,
     *selection.MUTANTS,
     *kernels.MUTANTS,
+    *fused.MUTANTS,
     *losses.MUTANTS,
     *model.MUTANTS,
     *generic.MUTANTS,
