@@ -113,16 +113,19 @@ def run_mutants(
     chosen: list[Mutant], without: frozenset[str], seeds: int, jobs: int, started: Callable[[str, str], None]
 ) -> Iterator[Verdict]:
     """One verdict a mutant, as each is done, and one a right subject at the end; `jobs` processes, 0 for one a core."""
+    # Processes that start from here on interpret the Triton kernels: mutants are tried on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
         try:
-            clean = pool.submit(matrix.pass_of_unpatched, without)
+            backends = dict.fromkeys(mutant.backend for mutant in chosen)
+            clean = {backend: pool.submit(matrix.pass_of_unpatched, backend, without) for backend in backends}
             killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in chosen}
             alarms = [pool.submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
             started("the model without a patch", "")
-            unpatched = clean.result()
+            unpatched = {backend: future.result() for backend, future in clean.items()}
             for done in as_completed(killed):
                 found, seconds = done.result()
-                yield verdict_of(killed[done], found, unpatched, seconds)
+                yield verdict_of(killed[done], found, unpatched[killed[done].backend], seconds)
             if alarms:
                 example = _timed_result(killed)
                 passes = []
@@ -161,7 +164,7 @@ def verdict_of(mutant: Mutant, found: Pass, unpatched: Pass, seconds: float) -> 
         measures=(Measure("survived", 0.0 if killers else 1.0, 0.0), Measure("checks that failed it", len(killers))),
         nulls=(NullCandidate("the same copy without the patch", not unpatched.alarms, ", ".join(unpatched.alarms)),),
         seconds=seconds,
-        reproduce=f"v32 verify --subject mutant:{mutant.name}",
+        reproduce=f"{'TRITON_INTERPRET=1 ' if mutant.backend == 'triton' else ''}v32 verify --subject mutant:{mutant.name}",
         data={
             "mutant": {
                 "entry": mutant.entry,

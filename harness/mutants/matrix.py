@@ -4,7 +4,6 @@ A pass is one subject on one seed. The oracle of a seed is made once in each pro
 """
 
 import atexit
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from functools import cache
 import torch
 import transformers
 
+import optimized
 from reference import DeepseekV32Config
 from reports.schema import FAILING, Status, Verdict
 
@@ -93,11 +93,14 @@ def lasting_mutant(name: str) -> Subject:
     """The subject of the mutant called `name`, for as long as this process lives.
 
     Raises:
-        ValueError: there is no such mutant.
+        ValueError: there is no such mutant, or the implementation that it is a bug of cannot run here.
     """
+    mutant = mutant_called(name)
+    if mutant.backend is not None:
+        optimized.check_backend(mutant.backend)
     held = ExitStack()
     atexit.register(held.close)
-    return held.enter_context(mutant_subject(mutant_called(name)))
+    return held.enter_context(mutant_subject(mutant))
 
 
 def plans(subject: Subject, seed: int, without: frozenset[str], number: int | None = None) -> Iterator[Plan]:
@@ -170,8 +173,6 @@ _ORACLES = Oracles()
 def start_worker() -> None:
     """Prepare a process that runs passes: one thread, and nothing printed."""
     torch.set_num_threads(1)
-    # Read when Triton is first imported, which is not yet.
-    os.environ["TRITON_INTERPRET"] = "1"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -182,9 +183,12 @@ def pass_of_mutant(name: str, without: frozenset[str] = frozenset()) -> Pass:
         return one_pass(subject, SEED, without, _ORACLES)
 
 
-def pass_of_unpatched(without: frozenset[str] = frozenset()) -> Pass:
-    """The pass of a copy without any patch: what a check says of it, it would say of a mutant for no reason."""
-    with mutant_subject(Mutant("none", "", "optimized", "no patch", "", ())) as subject:
+def pass_of_unpatched(backend: str | None = None, without: frozenset[str] = frozenset()) -> Pass:
+    """The pass of a copy without any patch: what a check says of it, it would say of a mutant for no reason.
+
+    On the implementation `backend` of its operators: a mutant is compared with the copy that runs as it does.
+    """
+    with mutant_subject(Mutant("none", "", "optimized", "no patch", "", (), backend)) as subject:
         return one_pass(subject, SEED, without, _ORACLES)
 
 

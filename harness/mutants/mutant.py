@@ -15,6 +15,7 @@ class Mutant:
     entry: the bug's number in the catalogue of public bugs (spec 5.2), or "" for a kind of fault that is in no list.
     of: which of the two models is built from the changed copy, "reference" or "optimized".
     source: where the bug is on record, or "generic".
+    backend: the implementation of the operators that is patched and must run, or None where no operator is.
     """
 
     name: str
@@ -23,15 +24,11 @@ class Mutant:
     what: str
     source: str
     patches: tuple[Patch, ...]
-
-    @property
-    def backend(self) -> str | None:
-        """The implementation of the operators that is patched, or None where no operator is."""
-        places = {name for patch in self.patches for name, place in PLACES.items() if patch.file.startswith(place)}
-        return min(places, default=None)
+    backend: str | None = None
 
 
 def bug(entry: str, name: str, of: str, what: str, source: str, *patches: tuple[str, str, str]) -> Mutant:
     """A mutant called `<entry>-<name>`, with its patches as (file, old, new)."""
     full = f"{entry}-{name}" if entry else name
-    return Mutant(full, entry, of, what, source, tuple(Patch(*patch) for patch in patches))
+    places = {name for file, *_ in patches for name, place in PLACES.items() if file.startswith(place)}
+    return Mutant(full, entry, of, what, source, tuple(Patch(*p) for p in patches), min(places, default=None))

@@ -119,8 +119,8 @@ public:
           dout_rows(LANES * shape.padded_v()), dq_columns(shape.D * LANES), weights(shape.S * LANES),
           dlogits(shape.S * LANES) {}
 
-    // q, lse, dout and dq of the block's first row and head; k and clean_k [S, D], v [S, V] and the gradients that are added
-    // to, dk [S, padded D] and dv [S, padded V], of the head.
+    // q, lse, dout and dq of the block's first row and head; k and clean_k [S, D], v [S, V] and the gradients that
+    // are added to, dk [S, padded D] and dv [S, padded V], of the head.
     void block(const Block& block, const float* q, const float* k, const float* clean_k, const float* v,
                const float* lse, const float* dout, float* dq, float* dk, float* dv) {
         visible.set(block.bounds, block.indices, shape.K, block.rows);
@@ -223,8 +223,8 @@ void forward(const Shape& shape, int64_t B, const float* q, const float* k, cons
 }
 
 void backward(const Shape& shape, int64_t B, const float* q, const float* k, const float* clean_k, const float* v,
-              const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout, float scale, float* dq, float* dk,
-              float* dv, int threads) {
+              const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout, float scale,
+              float* dq, float* dk, float* dv, int threads) {
     const int64_t L = shape.L, S = shape.S, K = shape.K, H = shape.H, D = shape.D, V = shape.V;
     int64_t items = B * H;
     std::atomic<int64_t> next{0};
@@ -235,8 +235,9 @@ void backward(const Shape& shape, int64_t B, const float* q, const float* k, con
             for (int64_t first = b * L; first < (b + 1) * L; first += LANES) {
                 int64_t rows = (b + 1) * L - first < LANES ? (b + 1) * L - first : LANES;
                 Block block{bounds + 2 * first, indices ? indices + first * K : nullptr, static_cast<int>(rows)};
-                state.block(block, q + (first * H + h) * D, k + item * S * D, clean_k + item * S * D, v + item * S * V, lse + first * H + h,
-                            dout + (first * H + h) * V, dq + (first * H + h) * D, dk + item * S * shape.padded_d(),
+                state.block(block, q + (first * H + h) * D, k + item * S * D, clean_k + item * S * D, v + item * S * V,
+                            lse + first * H + h, dout + (first * H + h) * V, dq + (first * H + h) * D,
+                            dk + item * S * shape.padded_d(),
                             dv + item * S * shape.padded_v());
             }
         }
@@ -254,11 +255,12 @@ EXPORT void dense_mla_forward(const float* q, const float* k, const float* v, co
     forward(shape, B, q, k, v, bounds, indices, scale, out, lse, static_cast<int>(threads));
 }
 
-// dout [B, L, H, V] -> dq like q, and dk [B, H, S, D padded to ALIGNMENT] and dv [B, H, S, V padded], which are added to.
+// clean_k like k, dout [B, L, H, V] -> dq like q, and dk [B, H, S, D padded to ALIGNMENT] and dv [B, H, S, V padded],
+// which are added to.
 EXPORT void dense_mla_backward(const float* q, const float* k, const float* clean_k, const float* v,
-                               const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout, float scale, int64_t B,
-                               int64_t L, int64_t S, int64_t K, int64_t H, int64_t D, int64_t V, float* dq,
-                               float* dk, float* dv, int64_t threads) {
+                               const int32_t* bounds, const int32_t* indices, const float* lse, const float* dout,
+                               float scale, int64_t B, int64_t L, int64_t S, int64_t K, int64_t H, int64_t D, int64_t V,
+                               float* dq, float* dk, float* dv, int64_t threads) {
     Shape shape{L, S, K, H, D, V};
     backward(shape, B, q, k, clean_k, v, bounds, indices, lse, dout, scale, dq, dk, dv, static_cast<int>(threads));
 }

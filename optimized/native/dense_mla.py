@@ -58,8 +58,9 @@ class _DenseMla(torch.autograd.Function):
         out_BLHV, lse_BLH = torch.empty(B, L, H, V), torch.empty(B, L, H)
         clean_v_BSHV, bad_v_BSHV = clean(v_BSHV)
         call(
-            "dense_mla_forward", packed32(q_BLHD), _heads_first(k_BSHD), _heads_first(clean_v_BSHV), slots32(bounds_BL2),
-            None if indices_BLK is None else slots32(indices_BLK), float(scale), *sizes, out_BLHV, lse_BLH,
+            "dense_mla_forward", packed32(q_BLHD), _heads_first(k_BSHD), _heads_first(clean_v_BSHV),
+            slots32(bounds_BL2), None if indices_BLK is None else slots32(indices_BLK), float(scale),
+            *sizes, out_BLHV, lse_BLH,
         )  # fmt: skip
         mark_rows_(out_BLHV, bad_v_BSHV, bounds_BL2, indices_BLK)
         ctx.save_for_backward(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, lse_BLH)

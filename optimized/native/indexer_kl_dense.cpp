@@ -168,7 +168,8 @@ private:
                     uint64_t bits = whole ? ~uint64_t{0} : visible[s + m] >> (n * WIDTH);
                     Floats mine = where(bits, p[m][n], Floats{}), log_softmax = sums[m][n] - score_lse[n];
                     divergence[n] += mine == Floats{} ? Floats{} : mine * (log(mine) - log_softmax);
-                    if (wanted) score_gradient(where(bits, exp(log_softmax) - mine, Floats{}), bits, n, kept + m * LANES);
+                    if (!wanted) continue;
+                    score_gradient(where(bits, exp(log_softmax) - mine, Floats{}), bits, n, kept + m * LANES);
                 }
         }
         if (!wanted) return;

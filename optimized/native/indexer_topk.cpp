@@ -61,7 +61,8 @@ INLINE float float_of(int32_t order) {
 // The best keys seen so far, in the order of their slots, and room for as many again before it is tidied up.
 class Candidates {
 public:
-    explicit Candidates(int k) : k(k), capacity(2 * k + 1024), order(capacity + 2 * WIDTH), slot(capacity + 2 * WIDTH) {}
+    explicit Candidates(int k)
+        : k(k), capacity(2 * k + 1024), order(capacity + 2 * WIDTH), slot(capacity + 2 * WIDTH) {}
 
     // Writes the slots of the k highest of n > k scores, ascending.
     void select(const float* scores, int start, int n, int32_t* indices) {
@@ -182,7 +183,8 @@ private:
     }
 
     // Of all orders; no score has the lowest.
-    static constexpr int32_t LOWEST = std::numeric_limits<int32_t>::min(), HIGHEST = std::numeric_limits<int32_t>::max();
+    static constexpr int32_t LOWEST = std::numeric_limits<int32_t>::min();
+    static constexpr int32_t HIGHEST = std::numeric_limits<int32_t>::max();
 
     int k, capacity, count = 0;
     Scratch<int32_t> order, slot;

@@ -370,8 +370,9 @@ def test_keys_that_a_row_may_not_see_do_not_reach_it(case, poison):
 
     got = with_gradients(operator, [poisoned(x) for x in leaves], [poisoned(x) for x in arguments], "native")
     for a, b in zip(clean, got, strict=True):
-        # Not bit by bit: what is not finite may take another path, which rounds in another way.
+        # The torch implementation, which the loss over a range takes where not all is finite, rounds in another way.
         assert_near(b, a)
+        assert torch.equal(a, b) or (operator is indexer_kl and poison != 1e30)
 
 
 @needs_library
