@@ -66,9 +66,9 @@ RULES: dict[tuple[str, torch.dtype], Rule] = {
         3.0, _FP32, "Seeds 0-19, tiny: at most 0.40 of it used; where a ReLU kink flips, kinks.py adds what it may do."
     ),
     ("kl gradients", torch.bfloat16): Rule(
-        5.0,
+        6.0,
         _BF16,
-        "Seeds 0-19, tiny: at most 0.78 of it used (worst row of wq_b); with factor 3 it was 1.29.",
+        "Seeds 0-19, tiny: at most 0.86 of it used (largest entry of wq_b, with grouped experts); with factor 5 it was 1.03.",
         luck=15.0,
     ),
     # Of single operators the shares are those of the optimized, of the plain and of the tensor-core operators, in this

@@ -20,6 +20,10 @@ POSITIONS = Rule(2.0, _FP32, "")
 FREE = Rule(4.0, Errors(max=0.5, mean=0.02, row=0.7, channel=0.2, gain=0.02), "")
 KL_OF_ONE_ROW = Rule(4.0, Errors(*[2e-5] * 5), "")
 GRADIENTS = Rule(4.0, _FP32, "")
+# At another length a model may compute attention in another form, absorbed or not, and each rounds p, and with it the
+# small differences that KL gradients are made of, in its own way: the floor counts twice. The reference has one form, and
+# does not show it. Seeds 0-19: torch at most 0.74 of it used, native 0.66.
+OTHER_LENGTH = Rule(4.0, Errors(max=8e-6, mean=2e-6, row=1.2e-5, channel=1.2e-5, gain=4e-6), "")
 DERIVATIVES = Rule(4.0, Errors(*[1e-7] * 5), "")
 CHANGES = Rule(4.0, Errors(*[1e-5] * 5), "")
 CHOICES_CHANGED = Rule(4.0, Errors(*[0.5] * 5), "")

@@ -18,7 +18,7 @@ from reference.training import parameter_group
 
 from ..cases import Case
 from ..observe import Gradients
-from .model_budgets import DERIVATIVES, GRADIENTS, LOSSES
+from .model_budgets import DERIVATIVES, GRADIENTS, LOSSES, OTHER_LENGTH
 from .model_invariance import placed, row_of
 from .model_sides import Notes, Side, padded, probe, stacked
 
@@ -217,7 +217,7 @@ def kl_rows(side: Side, notes: Notes) -> None:
         counted = alone.kl_loss * (2 * side.k) / (2 * side.k + pads)
         notes.same(f"{pads} pads behind", seen.kl_loss[None], alone.kl_loss[None], LOSSES,
                    {"pads counted": (counted[None], alone.kl_loss[None])})  # fmt: skip
-        notes.same_gradients(f"{pads} pads behind", seen.kl_grads, alone.kl_grads, GRADIENTS)
+        notes.same_gradients(f"{pads} pads behind", seen.kl_grads, alone.kl_grads, OTHER_LENGTH)
 
 
 LEAST_KL = 1e-4
