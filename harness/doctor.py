@@ -30,6 +30,7 @@ OPTIONAL = "optional packages"
 RUNS = "what can run here"
 MACHINE = "machine"
 CPU_PATH = "CPU path"
+NATIVE = "native operators"
 
 _STYLES: dict[State, str] = {"ok": "green", "missing": "bold red", "limited": "yellow"}
 _SETUP = "Run `make setup`."
@@ -138,7 +139,7 @@ def _package(requirement: Requirement, area: str, advice: str) -> Finding:
 
 def _runs() -> list[Finding]:
     cpu_path, gpu = _torch()
-    return [cpu_path, gpu, *_triton(gpu.state == "ok"), _modal(), _hadamard(gpu.state == "ok")]
+    return [cpu_path, _native(), gpu, *_triton(gpu.state == "ok"), _modal(), _hadamard(gpu.state == "ok")]
 
 
 def _torch() -> tuple[Finding, Finding]:
@@ -176,6 +177,16 @@ def _torch() -> tuple[Finding, Finding]:
         reason = f"torch for CUDA {torch.version.cuda} sees no device"
         advice = "Compare the driver with torch's CUDA version, and look at CUDA_VISIBLE_DEVICES."
     return cpu_path, Finding(RUNS, "GPU", "missing", reason, advice)
+
+
+def _native() -> Finding:
+    """Looks for the compiler alone: building, and loading the models that come along, would take seconds."""
+    given = os.environ.get("CXX", "").split()
+    found = next((name for name in given[:1] or ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if found is None:
+        advice = "Install a C++ compiler, or name one in CXX; until then the slower torch operators are used."
+        return Finding(RUNS, NATIVE, "limited", "no C++ compiler", advice)
+    return Finding(RUNS, NATIVE, "ok", f"{found} builds them when they are first used")
 
 
 def _triton(gpu: bool) -> list[Finding]:

@@ -20,7 +20,7 @@ OTHERWISE: dict[str, str] = {
     "A20": "cannot exist: the cache holds keys before they are quantised, and so no scales",
     "A21": "cannot exist: the cache has no pages, and RoPE is never in place",
     "B14": "the distribution step: ranks do not choose apart yet",
-    "C06": "the step of fused operators: torch addresses with 64 bits, a Triton kernel need not",
+    "C06": "no case of a check has 2^31 elements: suites/kernels runs each kernel beyond them, and sees 32 bits planted",
     "C10": "cannot exist: indices enter an autograd Function that answers None for them, or a comparison",
     "D02": "the distribution step: there is no context parallelism yet",
     "D08": "cannot exist: a coefficient of 0 switches the KL off by contract; DDP comes with the distribution step",

@@ -39,7 +39,7 @@ BF16_CASES = ("text",)
 OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "many-keys", "odd-shapes")
 BF16_OF_OPERATORS = ("causal",)
 # Where the interpreter runs the operators, at some milliseconds a row: fewer rows, and cases that show most.
-INTERPRETED_LENGTH = 20
+INTERPRETED_LENGTH = 24
 INTERPRETED = ("documents", "many-keys")
 
 

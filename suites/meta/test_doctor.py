@@ -175,3 +175,13 @@ def test_outside_a_clone_there_is_no_commit(monkeypatch, tmp_path):
     assert environment.git_state() is None
     monkeypatch.setenv("PATH", "")
     assert environment.git_state() is None
+
+
+def test_a_missing_compiler_is_said_with_what_to_do(monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/c++ -O1")
+    (finding,) = [finding for finding in doctor.diagnose() if finding.name == doctor.NATIVE]
+    assert (finding.state, finding.detail) == ("limited", "no C++ compiler")
+    assert "CXX" in finding.advice
+    monkeypatch.setenv("CXX", f"{sys.executable} -O1")
+    (finding,) = [finding for finding in doctor.diagnose() if finding.name == doctor.NATIVE]
+    assert finding.state == "ok"
