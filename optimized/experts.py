@@ -44,10 +44,11 @@ class Experts(ReferenceExperts):
         top = experts_NT.shape[1]
         order_P = experts_NT.flatten().argsort(stable=True)
         counts_X = torch.bincount(experts_NT.flatten(), minlength=self.gate_up_proj.shape[0])
-        sorted_PM = x_NM[order_P // top]
-        gate_PF, up_PF = grouped_linear(sorted_PM, self.gate_up_proj, counts_X).chunk(2, dim=-1)
-        y_PM = grouped_linear(swiglu(gate_PF, up_PF), self.down_proj, counts_X)
+        # In one expression, so that its largest parts are freed as soon as they have been read.
+        inner_PF = swiglu(*grouped_linear(x_NM, order_P // top, self.gate_up_proj, counts_X).chunk(2, dim=-1))
+        every_P = torch.arange(len(order_P), device=order_P.device)
+        y_PM = grouped_linear(inner_PF, every_P, self.down_proj, counts_X)
         # Back in the order of the tokens, so that a token's experts are summed in the same order on every device.
-        place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
+        place_P = torch.empty_like(order_P).scatter_(0, order_P, every_P)
         y_NTM = y_PM[place_P].unflatten(0, (-1, top))
         return (at_least_fp32(y_NTM) * weights_NT[..., None]).sum(1)

@@ -4,7 +4,7 @@ torch multiplies fp32 matrices on a CPU by its BLAS. Where that is MKL and the p
 of half the vector width (measured on an AMD Zen 5 core: 100 of 256 GFLOP/s, where oneDNN, which torch ships too,
 reaches 229 to 250 forward and 146 to 201 in a weight's gradient). There these layers go through oneDNN.
 
-Letters: * any number of axes, M width of the input, F width of the output, P rows sorted by group, X groups.
+Letters: * any number of axes, M width of the input, F width of the output, N rows, P rows sorted by group, X groups.
 """
 
 from functools import cache
@@ -63,13 +63,6 @@ class Linear(nn.Linear):
         return y_PF.unflatten(0, x.shape[:-1])
 
 
-def use_fast_linears(module: nn.Module) -> None:
-    """Makes every plain nn.Linear in `module` a `Linear`, in place: the same parameters under the same names."""
-    for part in module.modules():
-        if type(part) is nn.Linear:
-            part.__class__ = Linear
-
-
 class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_PM: Tensor, w_FM: Tensor) -> Tensor:
@@ -85,39 +78,42 @@ class _OneDnnLinear(torch.autograd.Function):
         return dx_PM, dw_FM
 
 
-def grouped_linear(x_PM: Tensor, w_XFM: Tensor, counts_X: Tensor) -> Tensor:
-    """Rows of group i times w[i]ᵀ, `[P, F]`: the first counts[0] rows are group 0's, and so on.
+def grouped_linear(x_NM: Tensor, rows_P: Tensor, w_XFM: Tensor, counts_X: Tensor) -> Tensor:
+    """Rows `rows_P` of x, those of group i times w[i]ᵀ, `[P, F]`: the first counts[0] are group 0's, and so on.
 
     One grouped product of torch's, or one of oneDNN's a group, by `linear_implementation`.
     """
-    if linear_implementation(x_PM.device, x_PM.dtype) == "blas":
-        return F.grouped_mm(x_PM, w_XFM.mT, offs=counts_X.cumsum(0).to(torch.int32))
-    y_PF: Tensor = _OneDnnGroups.apply(x_PM, w_XFM, tuple(counts_X.tolist()))
+    if linear_implementation(x_NM.device, x_NM.dtype) == "blas":
+        return F.grouped_mm(x_NM[rows_P], w_XFM.mT, offs=counts_X.cumsum(0).to(torch.int32))
+    y_PF: Tensor = _OneDnnGroups.apply(x_NM, rows_P, w_XFM, tuple(counts_X.tolist()))
     return y_PF
 
 
 class _OneDnnGroups(torch.autograd.Function):
+    """Gathers a group's rows when it comes to them, in both directions: all groups' rows are never held at once."""
+
     @staticmethod
-    def forward(ctx: Any, x_PM: Tensor, w_XFM: Tensor, counts: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(x_PM, w_XFM)
+    def forward(ctx: Any, x_NM: Tensor, rows_P: Tensor, w_XFM: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(x_NM, rows_P, w_XFM)
         ctx.counts = counts
-        parts = [_product(rows, w) for rows, w in zip(x_PM.split(counts), w_XFM, strict=True) if len(rows)]
-        return torch.cat(parts)
+        y_PF = x_NM.new_empty(len(rows_P), w_XFM.shape[1])
+        for y, rows, w_FM in zip(y_PF.split(counts), rows_P.split(counts), w_XFM, strict=True):
+            if len(rows):
+                y.copy_(_product(x_NM[rows], w_FM))
+        return y_PF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_PF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_PM, w_XFM = ctx.saved_tensors
-        dy_parts, x_parts = dy_PF.split(ctx.counts), x_PM.split(ctx.counts)
-        dx_PM = dw_XFM = None
-        if ctx.needs_input_grad[0]:
-            dx_PM = torch.cat([_product(dy, w.T) for dy, w in zip(dy_parts, w_XFM, strict=True) if len(dy)])
-        if ctx.needs_input_grad[1]:
-            dw_XFM = torch.zeros_like(w_XFM)
-            for dw_FM, dy, x in zip(dw_XFM, dy_parts, x_parts, strict=True):
-                if len(dy):
-                    dw_FM.copy_(_product(dy.T, x.T))
-        return dx_PM, dw_XFM, None
+    def backward(ctx: Any, dy_PF: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        x_NM, rows_P, w_XFM = ctx.saved_tensors
+        dx_NM = torch.zeros_like(x_NM) if ctx.needs_input_grad[0] else None
+        dw_XFM = torch.zeros_like(w_XFM) if ctx.needs_input_grad[2] else None
+        for i, (dy, rows) in enumerate(zip(dy_PF.split(ctx.counts), rows_P.split(ctx.counts), strict=True)):
+            if len(rows) and dx_NM is not None:
+                dx_NM.index_add_(0, rows, _product(dy, w_XFM[i].T))
+            if len(rows) and dw_XFM is not None:
+                dw_XFM[i] = _product(dy.T, x_NM[rows].T)
+        return dx_NM, None, dw_XFM, None
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """DeepSeek V3.2 with blockwise operators: same classes, same config, same `state_dict` keys as `reference`.
 
-`attend` is what is replaced, and how experts, linear layers and the Hadamard rotation are multiplied. Attention works in compact index
+`attend` is what is replaced, and how experts, linear layers, norms and the Hadamard rotation compute. Attention works in compact index
 space (pads left out, see reference/layout.py), where a row's visible keys are one [start, end) range, and holds no
 tensor of L×S elements, forward or backward, unless scores or targets of that size are asked for.
 
@@ -22,10 +22,12 @@ from reference.indexer import LightningIndexer as ReferenceIndexer
 from reference.indexer import index_scores, selected_mask
 from reference.layout import Layout
 from reference.moe import MoE as ReferenceMoE
+from reference.moe import RMSNorm as ReferenceRMSNorm
 from reference.precision import at_least_fp32, without_autocast
 
 from .experts import Experts, experts_implementation
-from .linear import is_linear, linear_implementation, use_fast_linears
+from .linear import Linear, is_linear, linear_implementation
+from .norm import RMSNorm
 from .ops import dense_mla, hadamard, hadamard_implementation, indexer_kl, indexer_topk, sparse_mla
 from .ops.backend import resolve_backend
 from .paths import PATHS, AttentionPath, choose_path
@@ -42,6 +44,13 @@ def check_backend(name: str, device: torch.device | str = "cpu") -> None:
     """
     for operator in ("indexer_topk", "sparse_mla", "dense_mla", "indexer_kl"):
         resolve_backend(operator, name, torch.device(device))
+
+
+def use_fast_parts(module: torch.nn.Module) -> None:
+    """Makes plain linear layers and norms in `module` the faster ones, in place: the same parameters and names."""
+    faster: dict[type, type] = {torch.nn.Linear: Linear, ReferenceRMSNorm: RMSNorm}
+    for part in module.modules():
+        part.__class__ = faster.get(type(part), type(part))
 
 
 @dataclass(slots=True)
@@ -135,8 +144,7 @@ class DeepseekV32Attention(ReferenceAttention):
         """`out_BLHV`, absorbed `q_BLHD`, latent `kv_BSD`, `lse_BLH`: q_nope·W_uk reads the latents themselves."""
         w_uk_HNC, w_uv_HVC = self.up_projections(t.c_kv_BSC)
         dtype = t.q_nope_BLHN.dtype
-        q_latent = torch.einsum("blhn,hnc->blhc", t.q_nope_BLHN, w_uk_HNC.to(dtype))
-        q_BLHD = torch.cat((q_latent, t.q_pe_BLHR), -1)
+        q_BLHD = torch.cat((torch.einsum("blhn,hnc->blhc", t.q_nope_BLHN, w_uk_HNC.to(dtype)), t.q_pe_BLHR), -1)
         kv_BSD = layout.compact(torch.cat((t.c_kv_BSC, t.k_pe_BSR), -1))
         out_BLHC, lse_BLH = sparse_mla(q_BLHD, kv_BSD, indices_BLK, self.scale, self.latent_dim, backend=self.backend)
         out_BLHV = torch.einsum("blhc,hvc->blhv", out_BLHC, w_uv_HVC.to(dtype))
@@ -254,7 +262,7 @@ class DeepseekV32Model(reference_model.DeepseekV32Model):
 
     def __init__(self, config: DeepseekV32Config) -> None:
         super().__init__(config)
-        use_fast_linears(self)
+        use_fast_parts(self)
 
 
 class DeepseekV32ForCausalLM(reference_model.DeepseekV32ForCausalLM):
@@ -264,7 +272,7 @@ class DeepseekV32ForCausalLM(reference_model.DeepseekV32ForCausalLM):
 
     def __init__(self, config: DeepseekV32Config) -> None:
         super().__init__(config)
-        use_fast_linears(self)
+        use_fast_parts(self)
 
     @property
     def backend(self) -> str:

@@ -121,7 +121,7 @@ class DeepseekV32Attention(nn.Module):
         out_BLHV, found = self.attend(projected, layout, ask, replayed_BLK)
         out_BLHV = out_BLHV.masked_fill(~layout.real_BL[..., None, None], 0)
         if found.topk_BLK is not None:
-            found.topk_BLK = layout.to_relative(found.topk_BLK)
+            found.topk_BLK = layout.to_relative(found.topk_BLK) if ask.decisions else None
         return self.o_proj(out_BLHV.flatten(2)), found
 
     def project(

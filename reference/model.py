@@ -173,13 +173,14 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
         x_BLM = x_BLM.masked_fill(~layout.real_BL[..., None], 0.0)
         rotary = self.rotary_emb(layout.positions_BL, x_BLM.dtype)
 
-        hidden = [x_BLM]
+        hidden = [x_BLM] if output_hidden_states else []
         answers: list[tuple[torch.Tensor | None, ...]] = []
         try:
             for i, layer in enumerate(self.layers):
                 replay = decisions[i] if decisions is not None else None
                 x_BLM, *answer = layer(x_BLM, layout, rotary, ask, replay, past_key_values=cache)
-                hidden.append(x_BLM)
+                if output_hidden_states:
+                    hidden.append(x_BLM)
                 answers.append(tuple(answer))
         except BaseException:
             # A forward that is refused, or interrupted, must not leave half its tokens in the cache.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers
@@ -38,9 +39,8 @@ CASES = ("text", "left-padded", "packed", "fp8")
 BF16_CASES = ("text",)
 OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "many-keys", "odd-shapes")
 BF16_OF_OPERATORS = ("causal",)
-# Where the interpreter runs the operators, at some milliseconds a row: fewer rows, and cases that show most.
+# Key slots where the interpreter runs the operators, at some milliseconds a row.
 INTERPRETED_LENGTH = 24
-INTERPRETED = ("documents", "many-keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,24 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
         package = getattr(copy, mutant.of)
         operators = optimized_operators(package.ops) if mutant.of == "optimized" else {}
         subject = ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
-        yield subject if mutant.backend is None else only_operators(on_backend(subject, mutant.backend), mutant.backend)
+        if mutant.backend is not None:
+            subject = on_backend(subject, mutant.backend)
+        yield only_operators(subject, mutant) if mutant.backend == "triton" else subject
 
 
-def only_operators(subject: Subject, backend: str) -> Subject:
-    """`subject` without its model where the interpreter would run it: that takes seconds an operator."""
-    if backend != "triton":
-        return subject
-    return replace(subject, factory=None, capabilities=operator_capabilities(subject.operators))
+# Which operator a kernel's module is a part of, by the beginning of its name.
+KERNELS = {
+    "sparse_mla": "sparse_mla", "segment_sum": "sparse_mla", "dense_mla": "dense_mla", "indexer_kl": "indexer_kl",
+    "index_logits": "indexer_topk", "radix_topk": "indexer_topk",
+}  # fmt: skip
+
+
+def only_operators(subject: Subject, mutant: Mutant) -> Subject:
+    """What of `subject` the interpreter has time for: no model, and of the operators those that `mutant` patches."""
+    stems = [Path(patch.file).stem for patch in mutant.patches]
+    patched = {name for stem in stems for prefix, name in KERNELS.items() if stem.startswith(prefix)}
+    kept = {name: op for name, op in subject.operators.items() if not stems or name in patched}
+    return replace(subject, factory=None, capabilities=operator_capabilities(kept), operators=kept)
 
 
 def lasting_mutant(name: str) -> Subject:
@@ -123,7 +133,7 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
         }
     length = length_for(config, CONFIG)
     if subject.factory is None:
-        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), INTERPRETED)}
+        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), OF_OPERATORS)}
     for dtype, (of_models, of_operators) in of_dtypes.items():
         yield Plan(
             subject, config, state, seed, length, 2, torch.device("cpu"), (dtype,), of_models, checks,

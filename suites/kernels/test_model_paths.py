@@ -13,13 +13,16 @@ import torch
 import optimized.model
 from optimized import implementations
 from optimized.experts import Experts
-from optimized.linear import grouped_linear, is_linear, linear_implementation, use_fast_linears
+from optimized.linear import grouped_linear, is_linear, linear_implementation
+from optimized.model import use_fast_parts
+from optimized.norm import RMSNorm
 from optimized.ops import hadamard
 from optimized.ops.hadamard import butterfly, hadamard_implementation
 from optimized.paths import PATHS, causal_pairs, choose_path
 from reference import DeepseekV32Config
 from reference.fp8 import hadamard_matrix, hadamard_rotate
 from reference.moe import Experts as ReferenceExperts
+from reference.moe import RMSNorm as ReferenceRMSNorm
 from suites.support import MODELS, assert_same, build, text, tiny
 
 # Its successor in transformers' next major version has another name.
@@ -133,7 +136,7 @@ def test_a_fast_linear_is_nn_linear(product, shape):
     plain = torch.nn.Linear(24, 20, bias=False)
     fast = torch.nn.Linear(24, 20, bias=False)
     fast.load_state_dict(plain.state_dict())
-    use_fast_linears(fast)
+    use_fast_parts(fast)
     assert linear_implementation(torch.device("cpu"), torch.float32) == product
     x = torch.randn(*shape, 24)
     found, expected = {}, {}
@@ -149,7 +152,7 @@ def test_a_fast_linear_is_nn_linear(product, shape):
 
 def test_a_fast_linear_leaves_other_dtypes_autocast_and_hooks_alone(product):
     fast = torch.nn.Linear(8, 4, bias=False)
-    use_fast_linears(fast)
+    use_fast_parts(fast)
     assert isinstance(fast, torch.nn.Linear)
     assert is_linear(fast)
     assert fast.double()(torch.ones(2, 8, dtype=torch.float64)).dtype == torch.float64
@@ -162,19 +165,43 @@ def test_a_fast_linear_leaves_other_dtypes_autocast_and_hooks_alone(product):
     assert not is_linear(torch.nn.Sequential(fast))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_lean_norm_is_the_reference_s(dtype):
+    plain, lean = ReferenceRMSNorm(24, 1e-6).to(dtype), ReferenceRMSNorm(24, 1e-6).to(dtype)
+    torch.nn.init.normal_(plain.weight)
+    lean.load_state_dict(plain.state_dict())
+    use_fast_parts(lean)
+    assert type(lean) is RMSNorm
+    x = torch.randn(2, 5, 24, dtype=dtype)
+    found, expected = {}, {}
+    for module, kept in ((lean, found), (plain, expected)):
+        inputs = x.clone().requires_grad_()
+        out = module(inputs)
+        (out * torch.linspace(-1, 2, 24)).sum().backward()
+        kept.update(out=out, dx=inputs.grad, dw=module.weight.grad)
+    assert torch.equal(found["out"], expected["out"])
+    for name in ("dx", "dw"):
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=8 * torch.finfo(dtype).eps * scale)
+        assert not torch.allclose(found[name].roll(1, -1), expected[name], atol=1e-2 * scale)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lean, x.requires_grad_())
+
+
 def test_groups_are_multiplied_one_by_one(product):
     x, w = torch.randn(9, 8), torch.randn(4, 12, 8)
     counts = torch.tensor([4, 0, 3, 2])
     inputs = x.clone().requires_grad_(), w.clone().requires_grad_()
-    out = grouped_linear(*inputs, counts)
+    rows = torch.tensor([3, 1, 8, 3, 0, 7, 2, 5, 5])
+    out = grouped_linear(inputs[0], rows, inputs[1], counts)
     out.square().sum().backward()
     again = x.clone().requires_grad_(), w.clone().requires_grad_()
-    parts = [rows @ matrix.T for rows, matrix in zip(again[0].split(counts.tolist()), again[1], strict=True)]
+    parts = [part @ matrix.T for part, matrix in zip(again[0][rows].split(counts.tolist()), again[1], strict=True)]
     expected = torch.cat(parts)
     expected.square().sum().backward()
     for found, value in ((out, expected), (inputs[0].grad, again[0].grad), (inputs[1].grad, again[1].grad)):
         torch.testing.assert_close(found, value, rtol=0, atol=1e-4)
-    assert not torch.allclose(grouped_linear(x, w, counts.roll(1)), expected, atol=1e-2)
+    assert not torch.allclose(grouped_linear(x, rows, w, counts.roll(1)), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

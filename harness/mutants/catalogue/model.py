@@ -11,7 +11,12 @@ ATTENTION, ROPE, MOE, MODEL, CACHE, LAYOUT, FP8 = (
     "reference/layout.py",
     "reference/fp8.py",
 )
-OPTIMIZED, EXPERTS, HADAMARD = "optimized/model.py", "optimized/experts.py", "optimized/ops/hadamard.py"
+OPTIMIZED, EXPERTS, HADAMARD, NORM = (
+    "optimized/model.py",
+    "optimized/experts.py",
+    "optimized/ops/hadamard.py",
+    "optimized/norm.py",
+)
 _SCALE = 'scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2'
 _FACTOR = "return yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)"
 _CHOSEN = "weights = scores_NX.gather(-1, experts_NT.long())"
@@ -57,9 +62,9 @@ MUTANTS = [
     bug("", "grouped-experts-in-sorted-order", "optimized", "The experts' outputs are not put back in the order of the tokens.", "generic",
         (EXPERTS, "y_NTM = y_PM[place_P].unflatten(0, (-1, top))", "y_NTM = y_PM.unflatten(0, (-1, top))")),
     bug("", "grouped-experts-offset-by-one", "optimized", "Each group begins where the one before it begins.", "generic",
-        (EXPERTS, "sorted_PM = x_NM[order_P // top]", "counts_X = counts_X.roll(1)\n        sorted_PM = x_NM[order_P // top]")),
+        (EXPERTS, "inner_PF = swiglu(", "counts_X = counts_X.roll(1)\n        inner_PF = swiglu(")),
     bug("", "grouped-gate-and-up-swapped", "optimized", "up_proj's rows come first.", "generic",
-        (EXPERTS, "swiglu(gate_PF, up_PF)", "swiglu(up_PF, gate_PF)")),
+        (EXPERTS, ".chunk(2, dim=-1))", ".roll(self.down_proj.shape[-1], -1).chunk(2, dim=-1))")),
     bug("", "grouped-weight-gradient-of-the-next-expert", "optimized", "Each expert's gradient is its neighbour's.", "generic",
         (EXPERTS, "self.gate_up_proj, counts_X)", "self.gate_up_proj.detach() + (self.gate_up_proj - self.gate_up_proj.detach()).roll(1, 0), counts_X)")),
     bug("A13", "butterfly-of-another-sign", "optimized", "The last round of the butterfly subtracts the other way.", "spec 5.1, neighbour of A12",
@@ -80,7 +85,11 @@ MUTANTS = [
     bug("E08", "router-bias-in-bfloat16", "optimized", "The bias is rounded to bf16.", "DeepSeek-V3 4592be4",
         (MOE, _BIASED, _BIASED.replace(".to(scores_NX.dtype)", ".bfloat16().to(scores_NX.dtype)"))),
     bug("E09", "norm-in-the-model-s-dtype", "optimized", "RMSNorm squares and sums in bf16.", "DeepSeek-V3 adecc0e",
+        (NORM, "wide = at_least_fp32(x)\n        rstd", "wide = x\n        rstd")),
+    bug("E09", "norm-in-the-model-s-dtype-in-the-reference", "reference", "RMSNorm squares and sums in bf16.", "DeepSeek-V3 adecc0e",
         (MOE, _NORM, "wide = x\n        normed")),
+    bug("", "norm-gradient-without-its-mean", "optimized", "dx is that of a plain scaling.", "generic",
+        (NORM, "g.sub_(normed.mul_(mean))", "g")),
     bug("E09", "norm-eps-of-another-model", "optimized", "eps is 1e-5.", "transformers #44261, #44346; torchtitan #4395",
         (MOE, "self.eps = eps\n", "self.eps = 1e-5\n")),
     bug("E10", "no-latent-round-trip", "optimized", "The KV latent is not rounded to FP8.", "DeepSeek's first release",
