@@ -108,7 +108,7 @@ class Timings:
 
     def notes(self) -> list[str]:
         """What the numbers are, and what bounds them, in sentences."""
-        found = ["Times and peaks are medians; `peer / subject` above 1 means that the subject is better."]
+        found = ["Times and peaks are medians; a value of peer / subject above 1 means that the subject is better."]
         rates, blas = (
             [value for row in self.rows for value in row.samples.get(name, ())] for name in ("gflops", "blas_gflops")
         )

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from optimized.kernels.common import KernelSpec, architecture, check_runnable
 from optimized.kernels.index_logits import index_logits, logits_tile, operand, row_length, rows_per_chunk
@@ -27,6 +26,7 @@ from optimized.kernels.indexer_kl_target import dense_target, dense_target_tile,
 from optimized.kernels.radix_topk import ROW_BLOCK, row_block
 from optimized.kernels.segment_sum import scatter_rows_
 from optimized.ops.backend import carve, register, row_chunks
+from optimized.ops.indexer_kl import streamed
 
 # A batch entry and a range of its rows or key slots.
 Part = tuple[int, slice]
@@ -177,47 +177,21 @@ def indexer_kl_triton(
     there. Raises ValueError for tensors that no kernel can take here (`check_runnable`).
     """
     check_runnable("indexer_kl", iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH)
-    # Asked here, because inside of forward gradients are always off.
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (iq_BLJE, ik_BSE, w_BLJ))
-    kl_sum, kl_BL = _IndexerKl.apply(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, wanted)
+    inputs = (iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK)
+    kl_sum, kl_BL = streamed(_stream, *inputs)
     return kl_sum, kl_BL
 
 
-class _IndexerKl(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        iq_BLJE: Tensor,
-        ik_BSE: Tensor,
-        w_BLJ: Tensor,
-        q_BLHD: Tensor,
-        k: Tensor,
-        lse_BLH: Tensor,
-        bounds_BL2: Tensor,
-        scale: float,
-        indices_BLK: Tensor | None,
-        wanted: bool,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale)
-        with torch.cuda.device_of(iq_BLJE):
-            if indices_BLK is None:
-                kl_BL, grads = _stream_dense(inputs, wanted)
-            else:
-                kl_BL, grads = _stream_selected(inputs, indices_BLK, wanted)
-        if grads is not None:
-            ctx.save_for_backward(grads.diq_BLJE, grads.dik_BGSE.sum(1), grads.dw_BLJ)
-            ctx.dtypes = [x.dtype for x in (iq_BLJE, ik_BSE, w_BLJ)]
-        ctx.mark_non_differentiable(kl_BL)
-        ctx.set_materialize_grads(False)
-        return kl_BL.sum(), kl_BL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dsum: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if dsum is None:
-            return (None,) * 10
-        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*((grad * dsum).to(dtype) if need else None for grad, dtype, need in needed), *(None,) * 7)
+def _stream(*arguments: Any) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The rows' divergences and, if wanted, the gradients of their sum."""
+    *floats, indices_BLK, wanted = arguments
+    inputs = Inputs(*floats)
+    with torch.cuda.device_of(inputs.iq_BLJE):
+        if indices_BLK is None:
+            kl_BL, grads = _stream_dense(inputs, wanted)
+        else:
+            kl_BL, grads = _stream_selected(inputs, indices_BLK, wanted)
+    return kl_BL, None if grads is None else (grads.diq_BLJE, grads.dik_BGSE.sum(1), grads.dw_BLJ)
 
 
 def _stream_dense(x: Inputs, wanted: bool) -> tuple[Tensor, Gradients | None]:

@@ -4,15 +4,13 @@ Selected keys that the heads share are read by their slots. Keys of a range, and
 which needs finite inputs; others, which no healthy run has, go through the torch implementation.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from optimized.native.build import call
 from optimized.native.inputs import all_finite, needs_fp64, packed32, padded, padded32, slots32, through_torch
 from optimized.ops.backend import register
+from optimized.ops.indexer_kl import streamed
 
 
 @register("indexer_kl", "native")
@@ -31,61 +29,45 @@ def _indexer_kl_native(
     gathered = indices_BLK is not None and k.ndim == 3
     if needs_fp64(*floats, lse_BLH) or not (gathered or all_finite(*floats)):
         kl_sum, kl_BL = through_torch("indexer_kl", *floats, lse_BLH, bounds_BL2, scale, indices_BLK)
-        return kl_sum, kl_BL
-    # Asked here, because inside of forward gradients are always off.
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (iq_BLJE, ik_BSE, w_BLJ))
-    kl_sum, kl_BL = _IndexerKl.apply(*floats, lse_BLH, bounds_BL2, scale, indices_BLK, wanted)
+    else:
+        kl_sum, kl_BL = streamed(_stream, *floats, lse_BLH, bounds_BL2, scale, indices_BLK)
     return kl_sum, kl_BL
 
 
-class _IndexerKl(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        iq_BLJE: Tensor,
-        ik_BSE: Tensor,
-        w_BLJ: Tensor,
-        q_BLHD: Tensor,
-        k: Tensor,
-        lse_BLH: Tensor,
-        bounds_BL2: Tensor,
-        scale: float,
-        indices_BLK: Tensor | None,
-        wanted: bool,
-    ) -> tuple[Tensor, Tensor]:
-        (B, L, J, E), S, (H, D) = iq_BLJE.shape, ik_BSE.shape[1], q_BLHD.shape[2:]
-        kl_BL = torch.empty(B, L)
-        grads: list[Tensor | None] = [None, None, None]
-        if wanted:
-            grads = [torch.empty(B, L, J, E), torch.zeros(B, S, padded(E)), torch.empty(B, L, J)]
-        if indices_BLK is not None and k.ndim == 3:
-            keys, index_keys = padded32(k), padded32(ik_BSE)
-            call(
-                "indexer_kl_selected", packed32(iq_BLJE), index_keys, packed32(w_BLJ), packed32(q_BLHD), keys,
-                packed32(lse_BLH), slots32(bounds_BL2), slots32(indices_BLK), float(scale),
-                B, L, S, indices_BLK.shape[-1], J, E, index_keys.shape[-1], H, D, keys.shape[-1], kl_BL, *grads,
-            )  # fmt: skip
-        else:
-            K = 0 if indices_BLK is None else indices_BLK.shape[-1]
-            call(
-                "indexer_kl_dense", packed32(iq_BLJE), packed32(ik_BSE), packed32(w_BLJ), packed32(q_BLHD),
-                packed32(k), packed32(lse_BLH), slots32(bounds_BL2),
-                None if indices_BLK is None else slots32(indices_BLK), float(scale),
-                B, L, S, K, J, E, H, D, H if k.ndim == 4 else 1, kl_BL, *grads,
-            )  # fmt: skip
-        if wanted:
-            diq_BLJE, dik, dw_BLJ = grads
-            assert diq_BLJE is not None and dik is not None and dw_BLJ is not None
-            ctx.save_for_backward(diq_BLJE, dik[..., :E], dw_BLJ)
-            ctx.dtypes = [x.dtype for x in (iq_BLJE, ik_BSE, w_BLJ)]
-        ctx.mark_non_differentiable(kl_BL)
-        ctx.set_materialize_grads(False)
-        return kl_BL.sum(), kl_BL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dsum: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if dsum is None:
-            return (None,) * 10
-        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*((grad * dsum).to(dtype) if need else None for grad, dtype, need in needed), *(None,) * 7)
+def _stream(
+    iq_BLJE: Tensor,
+    ik_BSE: Tensor,
+    w_BLJ: Tensor,
+    q_BLHD: Tensor,
+    k: Tensor,
+    lse_BLH: Tensor,
+    bounds_BL2: Tensor,
+    scale: float,
+    indices_BLK: Tensor | None,
+    wanted: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The rows' divergences, and the gradients of their sum."""
+    (B, L, J, E), S, (H, D) = iq_BLJE.shape, ik_BSE.shape[1], q_BLHD.shape[2:]
+    kl_BL = torch.empty(B, L)
+    grads: list[Tensor | None] = [None, None, None]
+    if wanted:
+        grads = [torch.empty(B, L, J, E), torch.zeros(B, S, padded(E)), torch.empty(B, L, J)]
+    if indices_BLK is not None and k.ndim == 3:
+        keys, index_keys = padded32(k), padded32(ik_BSE)
+        call(
+            "indexer_kl_selected", packed32(iq_BLJE), index_keys, packed32(w_BLJ), packed32(q_BLHD), keys,
+            packed32(lse_BLH), slots32(bounds_BL2), slots32(indices_BLK), float(scale),
+            B, L, S, indices_BLK.shape[-1], J, E, index_keys.shape[-1], H, D, keys.shape[-1], kl_BL, *grads,
+        )  # fmt: skip
+    else:
+        K = 0 if indices_BLK is None else indices_BLK.shape[-1]
+        call(
+            "indexer_kl_dense", packed32(iq_BLJE), packed32(ik_BSE), packed32(w_BLJ), packed32(q_BLHD),
+            packed32(k), packed32(lse_BLH), slots32(bounds_BL2),
+            None if indices_BLK is None else slots32(indices_BLK), float(scale),
+            B, L, S, K, J, E, H, D, H if k.ndim == 4 else 1, kl_BL, *grads,
+        )  # fmt: skip
+    diq_BLJE, dik, dw_BLJ = grads
+    if diq_BLJE is None or dik is None or dw_BLJ is None:
+        return kl_BL, None
+    return kl_BL, (diq_BLJE, dik[..., :E], dw_BLJ)

@@ -21,6 +21,7 @@ pass when it will be wanted, kept in the compute dtype (the inputs' sizes), and 
 pass.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -105,46 +106,31 @@ def indexer_kl(
     return kl_sum, kl_BL
 
 
-@register("indexer_kl", "torch")
-def _indexer_kl_torch(
-    iq_BLJE: Tensor,
-    ik_BSE: Tensor,
-    w_BLJ: Tensor,
-    q_BLHD: Tensor,
-    k: Tensor,
-    lse_BLH: Tensor,
-    bounds_BL2: Tensor,
-    scale: float,
-    indices_BLK: Tensor | None,
+# What an implementation is: (iq, ik, w, q, k, lse, bounds, scale, indices, wanted) -> the rows' divergences and, if
+# wanted, the gradients of their sum in iq, ik and w.
+Stream = Callable[..., tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]]
+
+
+def streamed(
+    stream: Stream, iq_BLJE: Tensor, ik_BSE: Tensor, w_BLJ: Tensor, *others: Tensor | float | None
 ) -> tuple[Tensor, Tensor]:
+    """(kl_sum, kl_BL) of an implementation, kl_sum differentiable in iq, ik and w."""
     # Asked here, because inside of forward gradients are always off.
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (iq_BLJE, ik_BSE, w_BLJ))
-    kl_sum, kl_BL = _IndexerKl.apply(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, wanted)
+    kl_sum, kl_BL = _IndexerKl.apply(stream, wanted, iq_BLJE, ik_BSE, w_BLJ, *others)
     return kl_sum, kl_BL
 
 
 class _IndexerKl(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        iq_BLJE: Tensor,
-        ik_BSE: Tensor,
-        w_BLJ: Tensor,
-        q_BLHD: Tensor,
-        k: Tensor,
-        lse_BLH: Tensor,
-        bounds_BL2: Tensor,
-        scale: float,
-        indices_BLK: Tensor | None,
-        wanted: bool,
+        ctx: Any, stream: Stream, wanted: bool, iq_BLJE: Tensor, ik_BSE: Tensor, w_BLJ: Tensor, *others: Any
     ) -> tuple[Tensor, Tensor]:
-        indexer = (iq_BLJE, ik_BSE, w_BLJ)
-        dtype = compute_dtype(*(x.dtype for x in (*indexer, q_BLHD, k, lse_BLH)))
-        grads = tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in indexer) if wanted else None
-        kl_BL = _stream(indexer, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, dtype, grads)
+        kl_BL, grads = stream(iq_BLJE, ik_BSE, w_BLJ, *others, wanted)
         if grads is not None:
             ctx.save_for_backward(*grads)
-            ctx.dtypes = [x.dtype for x in indexer]
+            ctx.dtypes = [x.dtype for x in (iq_BLJE, ik_BSE, w_BLJ)]
+        ctx.inputs = 5 + len(others)
         ctx.mark_non_differentiable(kl_BL)
         ctx.set_materialize_grads(False)
         return kl_BL.sum(), kl_BL
@@ -153,9 +139,15 @@ class _IndexerKl(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dsum: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if dsum is None:
-            return (None,) * 10
-        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-        return (*((grad * dsum).to(dtype) if need else None for grad, dtype, need in needed), *(None,) * 7)
+            return (None,) * ctx.inputs
+        needed = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[2:5], strict=True)
+        grads = [(grad * dsum).to(dtype) if need else None for grad, dtype, need in needed]
+        return (None, None, *grads, *(None,) * (ctx.inputs - 5))
+
+
+@register("indexer_kl", "torch")
+def _indexer_kl_torch(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return streamed(_stream, *inputs)
 
 
 class _Keys(NamedTuple):
@@ -172,18 +164,22 @@ class _Keys(NamedTuple):
 
 
 def _stream(
-    indexer: tuple[Tensor, Tensor, Tensor],
+    iq_BLJE: Tensor,
+    ik_BSE: Tensor,
+    w_BLJ: Tensor,
     q_BLHD: Tensor,
     k: Tensor,
     lse_BLH: Tensor,
     bounds_BL2: Tensor,
     scale: float,
     indices_BLK: Tensor | None,
-    dtype: torch.dtype,
-    grads: tuple[Tensor, ...] | None,
-) -> Tensor:
-    """The rows' divergences; adds the gradients of their sum to `grads`, if given."""
-    iq_BLJE, ik_BSE, w_BLJ = indexer
+    wanted: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """The rows' divergences, and the gradients of their sum."""
+    indexer = (iq_BLJE, ik_BSE, w_BLJ)
+    dtype = compute_dtype(*(x.dtype for x in (*indexer, q_BLHD, k, lse_BLH)))
+    diq_BLJE, dik_BSE, dw_BLJ = (torch.zeros(x.shape if wanted else 0, dtype=dtype, device=x.device) for x in indexer)
+    grads = (diq_BLJE, dik_BSE, dw_BLJ) if wanted else None
     B, L, J, E = iq_BLJE.shape
     S, H, D = ik_BSE.shape[1], q_BLHD.shape[2], q_BLHD.shape[3]
     # Keys per head are masked, not gathered: a chunk of gathered ones would be H times as large.
@@ -192,7 +188,7 @@ def _stream(
     rows = chunk_rows(L, n_max * widest, dtype)
     kl_BL = torch.zeros(B, L, dtype=dtype, device=iq_BLJE.device)
     if n_max == 0:
-        return kl_BL
+        return kl_BL, grads
     ik_BSE, k = ik_BSE.to(dtype), k.to(dtype)
     relu_buffer, logit_buffer = kl_BL.new_empty(rows * J * n_max), kl_BL.new_empty(rows * H * n_max)
     for chunk in row_chunks(bounds_BL2, rows):
@@ -220,7 +216,7 @@ def _stream(
         if grads is not None:
             dscore_Cn = score_Cn.exp_().sub_(p_Cn).masked_fill_(hidden_Cn, 0)
             _add_gradients(grads, chunk, dscore_Cn, relu_CJn, iq_CJE, w_CJ, keys)
-    return kl_BL
+    return kl_BL, grads
 
 
 def _gather(ik_SE: Tensor, k_SD: Tensor, bounds_C2: Tensor, indices_CK: Tensor) -> _Keys:
