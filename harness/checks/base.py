@@ -4,6 +4,7 @@ A bench holds one case in one dtype: the oracle (the reference in fp64, and the 
 dtype) and the subject, all on the oracle's tape. The oracle does not depend on the subject, and serves any number.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,6 +81,8 @@ class Oracle:
     def _reference(self, state: State, dtype: torch.dtype) -> nn.Module:
         if not self.lean:
             return resolve_subject("reference").build(self.case.config, state, self.device, dtype)
+        # What the last model leaves behind, in cycles, is as large as this one.
+        gc.collect()
         return indexer_only(load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train())
 
     @cached_property
@@ -96,7 +99,9 @@ class Oracle:
     @cached_property
     def seen(self) -> Observation:
         """Outputs, gradients and scores on the tape."""
-        return observe(self.model, self.case, ALL, tape=self.tape, scores=True, lm_gradients=not self.lean)
+        # Before the model is built: of a lean oracle two would not fit.
+        tape = self.tape
+        return observe(self.model, self.case, ALL, tape=tape, scores=True, lm_gradients=not self.lean)
 
     def low(self) -> nn.Module:
         """The reference in the subject's dtype.
@@ -163,6 +168,8 @@ class Bench:
 
     def build(self, config: DeepseekV32Config) -> nn.Module:
         """A fresh module of the subject for `config`, with the case's weights."""
+        if self.oracle.lean:
+            gc.collect()
         module = self.of_subject(lambda: self.subject.build(config, self.oracle.state, self.device, self.dtype))
         return indexer_only(module) if self.oracle.lean else module
 
