@@ -83,7 +83,10 @@ class Oracle:
             return resolve_subject("reference").build(self.case.config, state, self.device, dtype)
         # What the last model leaves behind, in cycles, is as large as this one.
         gc.collect()
-        return indexer_only(load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train())
+        model = load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train()
+        # A layer's queries, keys and values in fp64 take a gigabyte: one layer's at a time.
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        return indexer_only(model)
 
     @cached_property
     def free(self) -> Observation:
