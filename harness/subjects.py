@@ -8,6 +8,7 @@ Who brings kernels instead of a model gives a function without parameters, `oper
 operators of `OPERATORS`. An operator says in its own attribute `capabilities` what it can do besides.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,6 +124,14 @@ def load_weights(
     # The rotary table is not part of the state: it is computed where it is needed.
     model.model.rotary_emb.to_empty(device=device)
     return cast(nn.Module, model)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Gradient checkpointing, by the name that every supported version of transformers knows."""
+    with warnings.catch_warnings():
+        # transformers 5.23 gives it a second name; both work.
+        warnings.simplefilter("ignore", FutureWarning)
+        cast(Any, model).gradient_checkpointing_enable()
 
 
 def _ours(model_class: type[Any]) -> Factory:

@@ -20,7 +20,7 @@ from reports.schema import Measure, NullCandidate
 from ..cases import Case
 from ..observe import Observation, observe
 from ..rowwise import RowwiseForCausalLM
-from ..subjects import ALL, Subject, load_weights, resolve_subject
+from ..subjects import ALL, Subject, load_weights, recompute_activations, resolve_subject
 
 State = dict[str, torch.Tensor]
 # A thousand times the rounding of fp32: some latents and index entries of a tiny model change sides. With a tenth of
@@ -85,7 +85,7 @@ class Oracle:
         gc.collect()
         model = load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train()
         # A layer's queries, keys and values in fp64 take a gigabyte: one layer's at a time.
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        recompute_activations(model)
         return indexer_only(model)
 
     @cached_property

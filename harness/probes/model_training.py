@@ -3,7 +3,6 @@
 Letters: B batch, L rows.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from reference.training import parameter_group
 
 from ..cases import Case
 from ..observe import Gradients
+from ..subjects import recompute_activations
 from .model_budgets import DERIVATIVES, GRADIENTS, LOSSES, OTHER_LENGTH
 from .model_invariance import placed, row_of
 from .model_sides import Notes, Side, padded, probe, stacked
@@ -70,10 +70,7 @@ def checkpointing(side: Side, notes: Notes) -> None:
     expected = [side.see(plain, case, kl=True, gradients=True) for case in cases]
     sums = [added(seen.lm_grads, seen.kl_grads) for seen in expected]
     model: Any = side.model()
-    with warnings.catch_warnings():
-        # transformers 5.23 gives it a second name; both work.
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable()
+    recompute_activations(model)
     model.train()
     totals = [sum(losses_of(side, model, case)) for case in cases]
     found = []
