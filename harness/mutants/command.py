@@ -113,8 +113,9 @@ def run_mutants(
     chosen: list[Mutant], without: frozenset[str], seeds: int, jobs: int, started: Callable[[str, str], None]
 ) -> Iterator[Verdict]:
     """One verdict a mutant, as each is done, and one a right subject at the end; `jobs` processes, 0 for one a core."""
-    # Processes that start from here on interpret the Triton kernels: mutants are tried on the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
+    # Processes that start from here on interpret the Triton kernels: mutants are tried on the CPU. The interpreter's small
+    # products are several times slower where numpy's BLAS shares them among threads.
+    os.environ |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
         try:
             backends = dict.fromkeys(mutant.backend for mutant in chosen)

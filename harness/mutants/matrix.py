@@ -39,8 +39,9 @@ CASES = ("text", "left-padded", "packed", "fp8")
 BF16_CASES = ("text",)
 OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "many-keys", "odd-shapes")
 BF16_OF_OPERATORS = ("causal",)
-# Key slots where the interpreter runs the operators, at some milliseconds a row.
+# Key slots and cases where the interpreter runs the operators, at some milliseconds a row.
 INTERPRETED_LENGTH = 24
+INTERPRETED = ("documents", "duplicate-keys", "many-keys", "odd-shapes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
         }
     length = length_for(config, CONFIG)
     if subject.factory is None:
-        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), OF_OPERATORS)}
+        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), INTERPRETED)}
     for dtype, (of_models, of_operators) in of_dtypes.items():
         yield Plan(
             subject, config, state, seed, length, 2, torch.device("cpu"), (dtype,), of_models, checks,
