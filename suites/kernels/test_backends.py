@@ -99,6 +99,7 @@ def test_the_harness_on_interpreted_kernels(tmp_path):
     words = ["--backend", "triton", "--checks", checks, "--seq-len", "40", "--dtype", "float32", "--out", str(tmp_path)]
     cases = ["--cases", "text,left-padded,packed,documents,chunk,around-k,duplicate-keys,many-keys,odd-shapes"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "TRITON_INTERPRET": "1"}
+    environment["OPENBLAS_NUM_THREADS"] = "1"
     ended = subprocess.run(
         [sys.executable, "-m", "harness.cli", "verify", *words, *cases], env=environment, capture_output=True, text=True
     )
