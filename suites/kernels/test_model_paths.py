@@ -23,6 +23,7 @@ from reference import DeepseekV32Config
 from reference.fp8 import hadamard_matrix, hadamard_rotate
 from reference.moe import Experts as ReferenceExperts
 from reference.moe import RMSNorm as ReferenceRMSNorm
+from suites.kernels.plain import assert_near
 from suites.support import MODELS, assert_same, build, text, tiny
 
 # Its successor in transformers' next major version has another name.
@@ -146,7 +147,7 @@ def test_a_fast_linear_is_nn_linear(product, shape):
         (out * torch.linspace(-1, 1, 20)).sum().backward()
         kept.update(out=out, dx=inputs.grad, dw=module.weight.grad)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+        assert_near(found[name], value)
     assert not torch.allclose(fast(x.roll(1, -1)), expected["out"], atol=1e-3)
 
 
@@ -200,7 +201,7 @@ def test_groups_are_multiplied_one_by_one(product):
     expected = torch.cat(parts)
     expected.square().sum().backward()
     for found, value in ((out, expected), (inputs[0].grad, again[0].grad), (inputs[1].grad, again[1].grad)):
-        torch.testing.assert_close(found, value, rtol=0, atol=1e-4)
+        assert_near(found, value)
     assert not torch.allclose(grouped_linear(x, rows, w, counts.roll(1)), expected, atol=1e-2)
 
 
