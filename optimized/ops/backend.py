@@ -88,7 +88,7 @@ def resolve_backend(operator: str, backend: str | None, device: torch.device) ->
     if reason := why_unusable(name, device):
         raise ValueError(f"backend is {name!r}, which cannot be used here: {reason}.")
     if name not in _IMPLEMENTATIONS[operator]:
-        available = ", ".join(sorted(_IMPLEMENTATIONS[operator]))
+        available = ", ".join(sorted({*_IMPLEMENTATIONS[operator], *_PACKAGES}))
         raise ValueError(f"backend is {name!r}, but operator {operator} has implementations: {available}.")
     return name
 
