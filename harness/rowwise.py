@@ -1,21 +1,29 @@
 """The reference, some query rows at a time: the same formulas for models whose L×S tensors would not fit in memory.
 
 A row's attention depends on no other row. So the reference's own `attend` is called on slices of the rows, and each
-slice is computed once more in the backward instead of being kept. Keys and values are expanded once.
+slice is computed once more in the backward instead of being kept. Keys and values are expanded once. A layer's frozen
+weights stay in the dtype that they are given in, and are widened while the layer runs: fp64 weights of all layers would
+be most of the memory.
 
 Letters: B batch, L rows, S key slots, H heads, N nope dim, V v_head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from reference import DeepseekV32Config
 from reference import model as reference_model
 from reference.attention import Ask, DeepseekV32Attention, Found, Projected
 from reference.layout import Layout
+from reference.training import train_only_indexer
+
+from .subjects import load_weights, recompute_activations
 
 # At V3.2's 128 heads and 2,304 keys a slice of this many rows holds 0.3 GB of fp64 probabilities.
 ROWS = 128
@@ -65,9 +73,27 @@ def _joined(founds: list[Found], part: Callable[[Found], torch.Tensor | None]) -
 
 
 class RowwiseDecoderLayer(reference_model.DeepseekV32DecoderLayer):
-    """The reference's block around it."""
+    """The reference's block around it, computed in the dtype of its input."""
 
     attention_class = RowwiseAttention
+
+    def forward(self, x_BLM: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """As the reference's."""
+        with _widened(self, x_BLM.dtype):
+            return super().forward(x_BLM, *args, **kwargs)
+
+
+@contextmanager
+def _widened(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """`layer` with its frozen weights in `dtype`. No backward reaches them, so nothing looks at them afterwards."""
+    narrow = [(p, p.data) for p in layer.parameters() if not p.requires_grad and p.dtype != dtype]
+    for parameter, data in narrow:
+        parameter.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in narrow:
+            parameter.data = data
 
 
 class RowwiseModel(reference_model.DeepseekV32Model):
@@ -80,3 +106,23 @@ class RowwiseForCausalLM(reference_model.DeepseekV32ForCausalLM):
     """The reference's causal LM on this backbone."""
 
     backbone_class = RowwiseModel
+
+
+def build_rowwise(
+    config: DeepseekV32Config, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The reference by rows that computes in `dtype`, with nothing trainable but the indexer.
+
+    Its frozen weights inside the layers are those of `state`, not copies; one layer's activations are kept at a time.
+    """
+    model = load_weights(RowwiseForCausalLM, config, state, device, None).train()
+    # A layer's queries, keys and values in fp64 take a gigabyte.
+    recompute_activations(model)
+    # transformers sets it for adapters; here nothing but the indexers, whose inputs are detached, has a backward.
+    cast(Any, model).disable_input_require_grads()
+    train_only_indexer(model)
+    in_layers = {id(p) for p in cast(Any, model).model.layers.parameters() if not p.requires_grad}
+    for parameter in model.parameters():
+        if id(parameter) not in in_layers:
+            parameter.data = parameter.data.to(dtype)
+    return model

@@ -104,10 +104,12 @@ class Subject:
 
 
 def load_weights(
-    model_class: type[Any], config: DeepseekV32Config, state: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+    model_class: type[Any], config: DeepseekV32Config, state: Mapping[str, torch.Tensor], device: torch.device,
+    dtype: torch.dtype | None,
 ) -> nn.Module:  # fmt: skip
     """A model of `model_class` that holds copies of `state` in `dtype`, the router bias in at least fp32.
 
+    With None for `dtype` it holds the tensors of `state` themselves, as far as they are on `device`.
     A class with a config class of its own (a copy of ours that was changed) gets the same fields in that.
     """
     if not isinstance(config, model_class.config_class):
@@ -115,12 +117,15 @@ def load_weights(
     # Each weight is replaced below; on "meta" initialising them would take most of the time.
     with torch.device("meta"), no_init_weights():
         model = model_class(config)
-    bias_dtype = torch.promote_types(dtype, torch.float32)
-    copies = {
-        name: value.detach().clone().to(device, bias_dtype if name.endswith("e_score_correction_bias") else dtype)
-        for name, value in state.items()
-    }
-    model.load_state_dict(copies, strict=True, assign=True)
+    if dtype is None:
+        held = {name: value.detach().to(device) for name, value in state.items()}
+    else:
+        bias_dtype = torch.promote_types(dtype, torch.float32)
+        held = {
+            name: value.detach().clone().to(device, bias_dtype if name.endswith("e_score_correction_bias") else dtype)
+            for name, value in state.items()
+        }
+    model.load_state_dict(held, strict=True, assign=True)
     # The rotary table is not part of the state: it is computed where it is needed.
     model.model.rotary_emb.to_empty(device=device)
     return cast(nn.Module, model)

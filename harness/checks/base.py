@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from reference import Decisions, DeepseekV32Config
-from reference.training import parameter_group
+from reference.training import train_only_indexer
 from reports.schema import Measure, NullCandidate
 
 from ..cases import Case
 from ..observe import Observation, observe
-from ..rowwise import RowwiseForCausalLM
-from ..subjects import ALL, Subject, load_weights, recompute_activations, resolve_subject
+from ..rowwise import build_rowwise
+from ..subjects import ALL, Subject, resolve_subject
 
 State = dict[str, torch.Tensor]
 # A thousand times the rounding of fp32: some latents and index entries of a tiny model change sides. With a tenth of
@@ -41,13 +41,6 @@ class Answer:
     nulls: list[NullCandidate]
     reason: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-
-
-def indexer_only(module: nn.Module) -> nn.Module:
-    """`module` with all frozen but the indexer, so that nothing else keeps what a backward would need."""
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter_group(name) == "indexer")
-    return module
 
 
 class Oracle:
@@ -83,10 +76,7 @@ class Oracle:
             return resolve_subject("reference").build(self.case.config, state, self.device, dtype)
         # What the last model leaves behind, in cycles, is as large as this one.
         gc.collect()
-        model = load_weights(RowwiseForCausalLM, self.case.config, state, self.device, dtype).train()
-        # A layer's queries, keys and values in fp64 take a gigabyte: one layer's at a time.
-        recompute_activations(model)
-        return indexer_only(model)
+        return build_rowwise(self.case.config, state, self.device, dtype)
 
     @cached_property
     def free(self) -> Observation:
@@ -174,7 +164,10 @@ class Bench:
         if self.oracle.lean:
             gc.collect()
         module = self.of_subject(lambda: self.subject.build(config, self.oracle.state, self.device, self.dtype))
-        return indexer_only(module) if self.oracle.lean else module
+        if self.oracle.lean:
+            # Nothing else keeps what a backward would need.
+            train_only_indexer(module)
+        return module
 
     def of_subject(self, call: Callable[[], T]) -> T:
         """Run what the subject is answerable for.

@@ -49,6 +49,26 @@ def test_the_reference_by_rows_is_the_reference(name, sparse):
         assert_same(scores, others)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_weights_that_wait_in_fp32_give_what_fp64_weights_give(sparse):
+    config = DeepseekV32Config.preset("tiny", use_sparse_attention=sparse)
+    state = calibrated_state(config, 0)
+    case = build_case("text", config, seed=0, length=60)
+    whole = load_weights(DeepseekV32ForCausalLM, config, state, torch.device("cpu"), torch.float64).train()
+    waiting = rowwise.build_rowwise(config, state, torch.device("cpu"), torch.float64)
+    expected = observe(whole, case, ALL)
+    seen = observe(waiting, case, ALL, lm_gradients=False)
+    assert_same(seen.logits, expected.logits)
+    for name, gradient in expected.kl_grads.items():
+        if gradient is not None:
+            assert seen.kl_grads[name].dtype == torch.float64
+            assert_same(seen.kl_grads[name], gradient)
+    shared = {tensor.data_ptr() for tensor in state.values()}
+    for name, parameter in waiting.named_parameters():
+        if ".layers." in name and ".indexer." not in name:
+            assert parameter.data_ptr() in shared
+
+
 def statuses(subject):
     plan = replace(plan_of(subject, checks=["parity", "kl"], cases=("text",)), lean=True)
     return {(v.check, v.case.split(", ")[1]): v for v in run(plan, Silent())}
