@@ -84,14 +84,15 @@ def gradients(output: str, pick: Callable[[Observation], Gradients]) -> Callable
             output == "kl gradients"
             and bench.dtype == torch.float32
             and not bench.case.fp8
-            and not bench.oracle.lean
             and any(not found[n].used(allowed[n]) <= 1 for n in reached)
         ):
             # Only now, because it costs two more backwards: the kinks can but widen a budget. In bf16 they are so many
-            # that the reference's own error holds them, and so it is where FP8 moves whole entries, and in large models.
+            # that the reference's own error holds them, and so it is where FP8 moves whole entries.
             kinks = bench.oracle.remember(
                 "kinks",
-                lambda: kink_errors(bench.oracle.model, bench.reference(), bench.case, bench.oracle.tape, expected),
+                lambda: kink_errors(
+                    lambda: bench.oracle.model, bench.reference, bench.case, bench.oracle.tape, expected
+                ),
             )
             allowed = {n: allowed[n].plus(kinks[n]) for n in reached}
             data["budgets_include_kinks"] = True

@@ -39,7 +39,7 @@ CASES = ("text", "left-padded", "packed", "fp8")
 BF16_CASES = ("text",)
 OF_OPERATORS = ("documents", "chunk", "duplicate-keys", "many-keys", "odd-shapes")
 BF16_OF_OPERATORS = ("causal",)
-# Key slots and cases where the interpreter runs the operators, at some milliseconds a row.
+# Key slots and cases where the interpreter runs the operators, one batch entry but in "odd-shapes": some milliseconds a row.
 INTERPRETED_LENGTH = 24
 INTERPRETED = ("documents", "duplicate-keys", "many-keys", "odd-shapes")
 
@@ -132,12 +132,12 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
             "float32": ((_turn(CASE_NAMES, number),), operators),
             "bfloat16": ((_turn(CASE_NAMES, number + 3),), operators),
         }
-    length = length_for(config, CONFIG)
+    length, batch = length_for(config, CONFIG), 2
     if subject.factory is None:
-        length, of_dtypes = INTERPRETED_LENGTH, {"float32": ((), INTERPRETED)}
+        length, batch, of_dtypes = INTERPRETED_LENGTH, 1, {"float32": ((), INTERPRETED)}
     for dtype, (of_models, of_operators) in of_dtypes.items():
         yield Plan(
-            subject, config, state, seed, length, 2, torch.device("cpu"), (dtype,), of_models, checks,
+            subject, config, state, seed, length, batch, torch.device("cpu"), (dtype,), of_models, checks,
             operator_cases=of_operators,
         )  # fmt: skip
 

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference.attention
-from harness import budgets, kinks
-from harness.cases import build_case, calibrated_state
-from harness.checks import CHECKS, FAMILIES, Oracle
+from harness import budgets
+from harness.cases import build_case
+from harness.checks import CHECKS, FAMILIES
 from harness.checks.choices import (
     expert_gaps,
     judge_experts,
@@ -29,7 +28,6 @@ from harness.checks.training import STEPS, apart, fall
 from harness.checks.whole import MODES, differences, expected_table
 from harness.metrics import SIDES, Errors, errors, null_candidates, rejected
 from harness.runner import select_cases, status_of
-from harness.subjects import resolve_subject
 from reference import DeepseekV32Config
 from reference.layout import build_layout
 from reference.moe import Gate
@@ -497,58 +495,6 @@ def test_a_curve_that_ends_in_nan_does_not_pass_as_falling():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_an_entry_that_is_not_finite_is_counted(value):
     assert count_not_finite([torch.ones(3), torch.tensor([1.0, value])]) == 1
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    config = DeepseekV32Config.preset("tiny")
-    case = build_case("text", config, seed=SEED, length=32, batch=1)
-    return Oracle(case, calibrated_state(config, SEED), CPU)
-
-
-def low_reference(oracle):
-    return resolve_subject("reference").build(oracle.case.config, oracle.state, CPU, torch.float32)
-
-
-def thresholds(oracle, value):
-    return [value] * len(oracle.tape)
-
-
-def test_the_scores_with_which_kinks_are_found_are_the_reference_s(oracle):
-    shut = kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, thresholds(oracle, 0.0))
-    for name, gradient in oracle.seen.kl_grads.items():
-        if gradient is None:
-            assert shut[name] is None
-        else:
-            assert errors(shut[name], gradient).used(Errors(*[1e-9] * 5)) <= 1, name
-
-
-def test_opening_kinks_lets_more_dot_products_through_than_shutting_them(oracle):
-    for dots in kinks.dot_products(oracle.model, oracle.case, oracle.tape):
-        margin = 0.01 * float(dots.abs().max())
-        assert int((dots > -margin).sum()) > int((dots > 0).sum()) > int((dots > margin).sum())
-
-
-def test_the_wider_the_margin_the_more_gradient_the_kinks_may_move(oracle):
-    def moved(margin):
-        beyond = [thresholds(oracle, sign * margin) for sign in (-1, 1)]
-        opened, shut = (kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, x) for x in beyond)
-        return sum(float((opened[n] - shut[n]).norm()) for n, g in oracle.seen.kl_grads.items() if g is not None)
-
-    assert 0 <= moved(1e-12) < moved(1e-2) < moved(1.0)
-
-
-def test_kinks_widen_the_budget_of_every_kl_gradient_and_of_nothing_else(oracle):
-    found = kinks.kink_errors(oracle.model, low_reference(oracle), oracle.case, oracle.tape, oracle.seen.kl_grads)
-    assert set(found) == {name for name, gradient in oracle.seen.kl_grads.items() if gradient is not None}
-    assert all(0 <= getattr(widened, side) < 0.5 for widened in found.values() for side in SIDES)
-
-
-def test_the_reference_scores_as_before_when_kinks_have_been_looked_at(oracle):
-    before = reference.attention.index_scores
-    with pytest.raises(StopIteration):
-        kinks.kl_gradients_beyond(oracle.model, oracle.case, oracle.tape, [])
-    assert reference.attention.index_scores is before
 
 
 def test_check_names_are_unique_and_begin_with_their_family():

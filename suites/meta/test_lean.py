@@ -20,6 +20,7 @@ from reports.records import Status, read_run
 from suites.meta.test_verify import Silent, plan_of
 from suites.support import assert_same
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,44 +30,37 @@ def few_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.parametrize("name", ["text", "left-padded", "packed"])
+@pytest.mark.parametrize("name", ["text", "left-padded", "packed", "fp8"])
 def test_the_reference_by_rows_is_the_reference(name, sparse):
     config = DeepseekV32Config.preset("tiny", use_sparse_attention=sparse)
     state = calibrated_state(config, 0)
     case = build_case(name, config, seed=0, length=60)
-    whole, by_rows = (
-        observe(load_weights(model, config, state, torch.device("cpu"), torch.float64).train(), case, ALL, scores=True)
-        for model in (DeepseekV32ForCausalLM, rowwise.RowwiseForCausalLM)
-    )
-    assert_same(by_rows.logits, whole.logits)
-    assert_same(by_rows.kl_loss, whole.kl_loss)
-    for grads, expected in ((by_rows.lm_grads, whole.lm_grads), (by_rows.kl_grads, whole.kl_grads)):
-        assert {n for n, g in grads.items() if g is None} == {n for n, g in expected.items() if g is None}
-        for parameter, gradient in expected.items():
-            if gradient is not None:
-                assert_same(grads[parameter], gradient)
-    for scores, others in zip(by_rows.scores_BLS, whole.scores_BLS, strict=True):
+    whole = load_weights(DeepseekV32ForCausalLM, case.config, state, CPU, torch.float64).train()
+    expected = observe(whole, case, ALL, scores=True, lm_gradients=False)
+    model = rowwise.build_rowwise(case.config, state, CPU, torch.float64)
+    by_rows = observe(model, case, ALL, scores=True, lm_gradients=False)
+    assert_same(by_rows.logits, expected.logits)
+    assert_same(by_rows.kl_loss, expected.kl_loss)
+    reached = {name for name, gradient in expected.kl_grads.items() if gradient is not None}
+    assert {name for name, gradient in by_rows.kl_grads.items() if gradient is not None} == reached
+    for parameter in reached:
+        assert by_rows.kl_grads[parameter].dtype == torch.float64
+        assert_same(by_rows.kl_grads[parameter], expected.kl_grads[parameter])
+    for scores, others in zip(by_rows.scores_BLS, expected.scores_BLS, strict=True):
         assert_same(scores, others)
-
-
-@pytest.mark.parametrize("sparse", [True, False])
-def test_weights_that_wait_in_fp32_give_what_fp64_weights_give(sparse):
-    config = DeepseekV32Config.preset("tiny", use_sparse_attention=sparse)
-    state = calibrated_state(config, 0)
-    case = build_case("text", config, seed=0, length=60)
-    whole = load_weights(DeepseekV32ForCausalLM, config, state, torch.device("cpu"), torch.float64).train()
-    waiting = rowwise.build_rowwise(config, state, torch.device("cpu"), torch.float64)
-    expected = observe(whole, case, ALL)
-    seen = observe(waiting, case, ALL, lm_gradients=False)
-    assert_same(seen.logits, expected.logits)
-    for name, gradient in expected.kl_grads.items():
-        if gradient is not None:
-            assert seen.kl_grads[name].dtype == torch.float64
-            assert_same(seen.kl_grads[name], gradient)
+    # The weights that wait in fp32 are those of the state, before and after.
     shared = {tensor.data_ptr() for tensor in state.values()}
-    for name, parameter in waiting.named_parameters():
-        if ".layers." in name and ".indexer." not in name:
-            assert parameter.data_ptr() in shared
+    for parameter, tensor in model.named_parameters():
+        if ".layers." in parameter and ".indexer." not in parameter:
+            assert tensor.data_ptr() in shared
+
+
+def test_the_reference_by_rows_refuses_gradients_that_it_would_lose():
+    config = DeepseekV32Config.preset("tiny")
+    model = rowwise.build_rowwise(config, calibrated_state(config, 0), CPU, torch.float64)
+    model.model.embed_tokens.requires_grad_(True)
+    with pytest.raises(ValueError, match="freeze all but the indexer"):
+        observe(model, build_case("text", config, seed=0, length=60), ALL)
 
 
 def statuses(subject):
