@@ -1,14 +1,14 @@
-"""The official checkpoint layout, checked before it is loaded (spec 4.1).
+"""The official checkpoint layout, checked before it is loaded (spec 4.1, 4.2).
 
-Files hold experts one by one (`mlp.experts.3.gate_proj.weight`); `state_dict` holds them stacked.
-Headers of safetensors files are enough to know every name and shape, so that a damaged checkpoint is
-refused in one sentence before any weight is read.
+Files hold experts one by one (`mlp.experts.3.gate_proj.weight`); `state_dict` holds them stacked. The linear layers
+of the published files are FP8, each with its scales beside it; the rest is bf16 or fp32. Headers of safetensors files
+are enough to know every name, shape and dtype, so that a damaged checkpoint is refused in one sentence before any
+weight is read.
 """
 
 import json
-import re
-import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,25 @@ from transformers.conversion_mapping import (
 )
 
 from .config import DeepseekV32Config
+from .fp8 import BLOCK
+from .fp8_blocks import scale_shape
+from .shards import StoredTensor, held_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_MTP = re.compile(r"model\.layers\.(\d+)\.")
+SCALE_SUFFIX = "_scale_inv"
+# What config.json says of the published files' FP8.
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+    "weight_block_size": [BLOCK, BLOCK],
+}  # fmt: skip
+_PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+_QUANTISED_LAYERS = frozenset({
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "wq_b", "wk",
+    "gate_proj", "up_proj", "down_proj",
+})  # fmt: skip
+_FP32_TENSORS = ("k_norm.weight", "k_norm.bias", "e_score_correction_bias")
 
 
 def use_official_names() -> None:
@@ -41,102 +53,159 @@ def use_official_names() -> None:
     register_checkpoint_conversion_mapping(DeepseekV32Config.model_type, mapping, overwrite=True)
 
 
-def official_shapes(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the official files hold for a model with this `state_dict`."""
-    shapes: dict[str, tuple[int, ...]] = {}
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a parameter that one tensor of the files holds: `parameter[index]`, of `shape`."""
+
+    parameter: str
+    index: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+
+def official_parts(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """The tensors that the official files hold for a model with this `state_dict`, by name, in its order."""
+    parts: dict[str, Part] = {}
     for name, tensor in state_dict.items():
         prefix, _, leaf = name.rpartition(".")
-        if prefix.endswith("mlp.experts"):
-            experts, rows, columns = tensor.shape
-            for i in range(experts):
-                if leaf == "down_proj":
-                    shapes[f"{prefix}.{i}.down_proj.weight"] = (rows, columns)
-                else:
-                    shapes[f"{prefix}.{i}.gate_proj.weight"] = (rows // 2, columns)
-                    shapes[f"{prefix}.{i}.up_proj.weight"] = (rows // 2, columns)
-        else:
-            shapes[name] = tuple(tensor.shape)
-    return shapes
+        if not prefix.endswith("mlp.experts"):
+            parts[name] = Part(name, (), tuple(tensor.shape))
+            continue
+        experts, rows, columns = tensor.shape
+        for i in range(experts):
+            if leaf == "down_proj":
+                parts[f"{prefix}.{i}.down_proj.weight"] = Part(name, (i,), (rows, columns))
+            else:
+                half = rows // 2
+                parts[f"{prefix}.{i}.gate_proj.weight"] = Part(name, (i, slice(half)), (half, columns))
+                parts[f"{prefix}.{i}.up_proj.weight"] = Part(name, (i, slice(half, rows)), (half, columns))
+    return parts
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name → {dtype, shape, data_offsets} of one safetensors file.
+def is_quantised(name: str) -> bool:
+    """Whether the published files hold the tensor called `name` in FP8: the linear layers, without head and gates."""
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "weight" and layer.rpartition(".")[2] in _QUANTISED_LAYERS
 
-    Raises:
-        ValueError: the file is missing, is no safetensors file, or ends before the tensor that is named.
+
+def is_fp32(name: str) -> bool:
+    """Whether the published files hold the tensor called `name` in fp32: the index keys' norm and the router bias."""
+    return name.endswith(_FP32_TENSORS)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint directory that holds exactly what a model asks for.
+
+    `tensors` and `parts` have the same names; `scales` gives, to the name of an FP8 weight, its scales; `skipped`
+    names the tensors of the multi-token-prediction layer, which no model here has.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
-                raise ValueError(
-                    f"Checkpoint file {path} ends within its header: it is truncated or no safetensors file."
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise ValueError(f"Checkpoint file {path} is missing.") from error
-    except (OSError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"Checkpoint file {path} is not a safetensors file: its header cannot be read.") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"Checkpoint file {path} is not a safetensors file: its header is no JSON object.")
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if not _is_entry(entry):
-            raise ValueError(f"Checkpoint file {path} is damaged: its header does not describe tensor {name!r}.")
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][1]):
-        if 8 + length + entry["data_offsets"][1] > size:
-            raise ValueError(f"Checkpoint file {path} is truncated: tensor {name!r} ends after the end of the file.")
-    return header
 
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("dtype"), str)
-        and all(
-            isinstance(numbers := entry.get(key), list) and all(isinstance(n, int) and n >= 0 for n in numbers)
-            for key in ("shape", "data_offsets")
-        )
-        and len(entry["data_offsets"]) == 2
-    )
+    directory: Path
+    parts: Mapping[str, Part]
+    tensors: Mapping[str, StoredTensor]
+    scales: Mapping[str, StoredTensor]
+    skipped: tuple[str, ...]
 
 
 def check_checkpoint(path: Any, model_class: "type[PreTrainedModel]", config: DeepseekV32Config | None = None) -> None:
-    """Refuse a local checkpoint directory that does not hold exactly the tensors of its config.
-
-    A name that is not a local directory is left to transformers.
+    """Refuse a checkpoint directory that does not hold exactly the tensors of its config.
 
     Raises:
-        ValueError: no config, no weights, or the first tensor that is missing, unknown, truncated, quantised or wrongly
-            shaped, by its name.
+        ValueError: no config, no weights, or the first tensor that is missing, unknown, truncated, wrongly typed or
+            wrongly shaped, by its name.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        return
     config = config or read_config(directory)
     with torch.device("meta"):
-        expected = official_shapes(model_class(config).state_dict())
+        state_dict = model_class(config).state_dict()
+    inspect_checkpoint(directory, state_dict, config)
+
+
+def inspect_checkpoint(
+    directory: Path, state_dict: Mapping[str, torch.Tensor], config: DeepseekV32Config
+) -> Checkpoint:
+    """What `directory` holds for a model with this `state_dict`, checked by the headers of its files.
+
+    Raises:
+        ValueError: as `check_checkpoint`.
+    """
+    parts = official_parts(state_dict)
     if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    held = _held_tensors(directory)
-    for name, shape in expected.items():
+        parts.pop("lm_head.weight", None)
+    held = held_tensors(directory)
+    skipped = _mtp_tensors(held, config.num_hidden_layers)
+    is_fp8 = _says_fp8(directory, config)
+    scales = {}
+    for name, part in parts.items():
         if name not in held:
-            raise ValueError(f"Checkpoint {directory} lacks tensor {name!r} of shape {list(shape)}.")
-        entry = held[name]
-        if tuple(entry["shape"]) != shape:
+            raise ValueError(f"Checkpoint {directory} lacks tensor {name!r} of shape {list(part.shape)}.")
+        stored = held[name]
+        if stored.shape != part.shape:
             raise ValueError(
-                f"Checkpoint {directory}: tensor {name!r} has shape {entry['shape']}; its config asks for {list(shape)}."
+                f"Checkpoint {directory}: tensor {name!r} has shape {list(stored.shape)}; its config asks for {list(part.shape)}."
             )
-        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"):
+        if stored.dtype == "F8_E4M3" and is_quantised(name):
+            if not is_fp8:
+                raise ValueError(
+                    f"Checkpoint {directory}: tensor {name!r} is stored as F8_E4M3, but its config has no quantization_config that says so."
+                )
+            scales[name] = _scale_of(name, held, directory)
+        elif stored.dtype not in _PLAIN_DTYPES:
+            allowed = f"{', '.join(_PLAIN_DTYPES)}{', F8_E4M3' if is_quantised(name) else ''}"
             raise ValueError(
-                f"Checkpoint {directory}: tensor {name!r} is stored as {entry['dtype']}; this version reads F64, F32, F16 and BF16: dequantise it first."
+                f"Checkpoint {directory}: tensor {name!r} is stored as {stored.dtype}; it must be one of {allowed}."
             )
+    known = {*parts, *skipped, *(name + SCALE_SUFFIX for name in scales)}
     for name in held:
-        layer = _MTP.match(name)
-        is_mtp = layer is not None and int(layer[1]) >= config.num_hidden_layers
-        if name not in expected and not is_mtp:
+        if name not in known:
+            weight = name.removesuffix(SCALE_SUFFIX)
+            if weight != name and weight in parts:
+                raise ValueError(
+                    f"Checkpoint {directory} holds scale {name!r}, but its weight is stored as {held[weight].dtype}, which has none."
+                )
             raise ValueError(f"Checkpoint {directory} holds tensor {name!r}, which this model does not have.")
+    return Checkpoint(directory, parts, {name: held[name] for name in parts}, scales, skipped)
+
+
+def _mtp_tensors(held: Mapping[str, StoredTensor], layers: int) -> tuple[str, ...]:
+    # Published behind the last layer. A decoder layer too many is not one: it has no eh_proj.
+    prefix = f"model.layers.{layers}."
+    if f"{prefix}eh_proj.weight" not in held:
+        return ()
+    return tuple(name for name in held if name.startswith(prefix))
+
+
+def _scale_of(name: str, held: Mapping[str, StoredTensor], directory: Path) -> StoredTensor:
+    scale = name + SCALE_SUFFIX
+    expected = scale_shape(held[name].shape)
+    if scale not in held:
+        raise ValueError(
+            f"Checkpoint {directory} lacks scale {scale!r} of shape {list(expected)}: its weight is stored as F8_E4M3."
+        )
+    if held[scale].dtype != "F32":
+        raise ValueError(f"Checkpoint {directory}: scale {scale!r} is stored as {held[scale].dtype}; it must be F32.")
+    if held[scale].shape != expected:
+        raise ValueError(
+            f"Checkpoint {directory}: scale {scale!r} has shape {list(held[scale].shape)}; a weight of shape {list(held[name].shape)} has {list(expected)}."
+        )
+    return held[scale]
+
+
+def _says_fp8(directory: Path, config: DeepseekV32Config) -> bool:
+    """Whether the directory's config.json, or where there is none the given config, says that linear layers are FP8."""
+    if (directory / "config.json").is_file():
+        said = _read_json(directory).get("quantization_config")
+    else:
+        said = getattr(config, "quantization_config", None)
+    if said is None:
+        return False
+    for name in ("quant_method", "fmt", "weight_block_size"):
+        allowed = QUANTIZATION_CONFIG[name]
+        if said.get(name, allowed if name == "fmt" else None) != allowed:
+            raise ValueError(
+                f"Checkpoint {directory}: quantization_config has {name} {said.get(name)!r}; this version reads {allowed!r}."
+            )
+    return True
 
 
 def read_config(directory: Path) -> DeepseekV32Config:
@@ -145,6 +214,11 @@ def read_config(directory: Path) -> DeepseekV32Config:
     Raises:
         ValueError: no config.json, or one that is no JSON object, or a field that does not hold.
     """
+    _read_json(directory)
+    return DeepseekV32Config.from_pretrained(directory)
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint: it has no config.json.")
@@ -154,32 +228,13 @@ def read_config(directory: Path) -> DeepseekV32Config:
         raise ValueError(f"Checkpoint config {path} is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"Checkpoint config {path} holds no JSON object.")
-    return DeepseekV32Config.from_pretrained(directory)
-
-
-def _held_tensors(directory: Path) -> dict[str, dict[str, Any]]:
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        return read_header(directory / SINGLE_FILE)
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"Checkpoint index {index} cannot be read: it must be JSON with a weight_map.") from error
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"Checkpoint index {index} is damaged: its weight_map must give a file name for each tensor.")
-    headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
-    held = {}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise ValueError(
-                f"Checkpoint {directory}: the index places tensor {name!r} in {file}, which does not hold it."
-            )
-        held[name] = headers[file][name]
-    return held
+    if not isinstance(said := fields.get("quantization_config"), (dict, type(None))):
+        raise ValueError(f"Checkpoint config {path}: quantization_config is {said!r}; it must be an object.")
+    return fields
 
 
 def check_loading(path: Any, info: Mapping[str, Any]) -> None:
-    """Refuse what transformers' loader had to make up (for checkpoints that are not local directories).
+    """Refuse a model of which transformers' loader says that it made something up.
 
     Raises:
         ValueError: the first tensor that was missing, unknown or did not fit.

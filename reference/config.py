@@ -60,6 +60,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16, "v_head_dim": 24, "index_n_heads": 16, "index_head_dim": 32, "index_topk": 16,
         "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 4, "topk_group": 2,
     },
+    "mini": {
+        **_BYTES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "first_k_dense_replace": 1,
+        "num_attention_heads": 4, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32, "v_head_dim": 32, "index_n_heads": 8, "index_head_dim": 64, "index_topk": 32,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 4, "topk_group": 2,
+    },
     "bench": {
         **_BYTES, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "first_k_dense_replace": 1,
         "num_attention_heads": 8, "q_lora_rank": 128, "kv_lora_rank": 64, "qk_nope_head_dim": 32,

@@ -4,14 +4,18 @@ A forward of V3.2 chooses keys (top-k of the index scores) and experts. One flip
 fakes every number behind it, so two models are compared by replaying one tape in both.
 
 Indices count from the row's own document start, pads left out: a tape's values do not depend on
-padding, packing, chunking or cache.
+padding, packing, chunking or cache. So what a rollout chose, token by token, is replayed when its tokens are
+trained on in one forward (`record_decisions`; spec 3.5).
 
-Letters: B batch, L rows, K chosen keys, T chosen experts.
+Letters: B batch, L rows, K chosen keys, T chosen experts; N tokens of a sequence.
 """
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,9 +35,9 @@ class LayerDecisions:
     topk_indices: torch.Tensor | None = None
     expert_indices: torch.Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "LayerDecisions":
-        """The same choices on another device."""
-        return LayerDecisions(*(None if x is None else x.to(device) for x in (self.topk_indices, self.expert_indices)))
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "LayerDecisions":
+        """`fn` of each tensor that there is."""
+        return LayerDecisions(*(None if x is None else fn(x) for x in (self.topk_indices, self.expert_indices)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,16 +57,42 @@ class Decisions:
 
     def to(self, device: torch.device | str) -> "Decisions":
         """The same tape on another device."""
-        return Decisions(tuple(layer.to(device) for layer in self.layers))
+        return self._map(lambda x: x.to(device))
 
     def rows(self, start: int, stop: int) -> "Decisions":
         """The tape of rows [start, stop): what a chunk of a prefill, or one step of a decode, replays."""
-        return Decisions(
-            tuple(
-                LayerDecisions(*(None if x is None else x[:, start:stop] for x in (d.topk_indices, d.expert_indices)))
-                for d in self.layers
+        return self._map(lambda x: x[:, start:stop])
+
+    def batch(self, start: int, stop: int) -> "Decisions":
+        """The tape of batch entries [start, stop): what one micro-batch replays."""
+        return self._map(lambda x: x[start:stop])
+
+    def packed(self, real_BL: torch.Tensor) -> "Decisions":
+        """The tape of the rows where `real_BL` is true, one after another as a batch of one: for packed training."""
+        return self._map(lambda x: x[real_BL.to(x.device, torch.bool)][None])
+
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Decisions":
+        return Decisions(tuple(layer.map(fn) for layer in self.layers))
+
+    @staticmethod
+    def from_indices(
+        topk_indices: Sequence[torch.Tensor | None], expert_indices: Sequence[torch.Tensor | None] | None = None
+    ) -> "Decisions":
+        """The tape of another engine's choices, given as one tensor a layer, or None where the model shall choose.
+
+        Args:
+            topk_indices: integer `[B, L, K]` each, in any order, −1 for none; counted from the row's document start.
+            expert_indices: integer `[B, L, T]` each, in any order; none at all when left out.
+
+        Raises:
+            ValueError: different numbers of layers, or indices that are no integers.
+        """
+        experts = [None] * len(topk_indices) if expert_indices is None else expert_indices
+        if len(experts) != len(topk_indices):
+            raise ValueError(
+                f"from_indices: topk_indices has {len(topk_indices)} layers and expert_indices {len(experts)}; the numbers must be equal."
             )
-        )
+        return Decisions(tuple(map(LayerDecisions, _ordered(topk_indices, "topk"), _ordered(experts, "expert"))))
 
     @staticmethod
     def cat(tapes: Iterable["Decisions"]) -> "Decisions":
@@ -108,6 +138,91 @@ class Decisions:
         return Decisions(
             tuple(LayerDecisions(*(held.get(f"layers.{i}.{name}") for name in names)) for i in range(int(layers)))
         )
+
+
+class Recording:
+    """What one run through a cache chose: filled by `record_decisions`, read by `decisions`."""
+
+    def __init__(self) -> None:
+        self._tokens: list[torch.Tensor] = []
+        self._tapes: list[Decisions] = []
+        self._noted = 0
+
+    def add(self, start: int, tokens_BL: torch.Tensor, tape: Decisions) -> None:
+        """Note a forward of tokens behind the first `start`; what was noted there before is forgotten.
+
+        A forward without a cache begins again at 0, and one after rejected drafts where the cache was cut.
+        """
+        while self._noted > start:
+            last, tape_of_last = self._tokens.pop(), self._tapes.pop()
+            self._noted -= last.shape[1]
+            if self._noted < start:
+                self._note(last[:, : start - self._noted], tape_of_last.rows(0, start - self._noted))
+        self._note(tokens_BL.cpu(), tape.to("cpu"))
+
+    def _note(self, tokens_BL: torch.Tensor, tape: Decisions) -> None:
+        self._tokens.append(tokens_BL)
+        self._tapes.append(tape)
+        self._noted += tokens_BL.shape[1]
+
+    def decisions(self, sequences_BN: torch.Tensor) -> Decisions:
+        """The tape of `sequences[:, :-1]`, on the CPU: of every row that predicts a token of `sequences`.
+
+        Args:
+            sequences_BN: what `generate` returned, prompt and padding included.
+
+        Raises:
+            ValueError: other tokens were computed than those, as in a beam search, which moves rows about.
+        """
+        rows = sequences_BN.shape[1] - 1
+        if self._noted < rows or rows < 1:
+            raise ValueError(
+                f"decisions: {self._noted} tokens were recorded, but sequences of shape {tuple(sequences_BN.shape)} need {rows}, at least 1."
+            )
+        tokens_BL = torch.cat(self._tokens, 1)[:, :rows]
+        if not torch.equal(tokens_BL, sequences_BN[:, :-1].cpu()):
+            raise ValueError(
+                "decisions: the tokens recorded are not those of sequences; record one generate() at a time, without beam search."
+            )
+        return Decisions.cat(self._tapes).rows(0, rows)
+
+
+@contextmanager
+def record_decisions(model: torch.nn.Module) -> Iterator[Recording]:
+    """Record what `model`, or the model in a wrapper such as PEFT's, chooses in the forwards within, as of `generate`:
+
+        with record_decisions(model) as recording:
+            sequences = model.generate(prompt, max_new_tokens=100)
+        tape = recording.decisions(sequences)  # then: model(sequences[:, :-1], decisions=tape)
+
+    Raises:
+        ValueError: no part of `model` records decisions, or a forward is given no `input_ids`.
+    """
+    inner = next((m for m in model.modules() if "output_decisions" in inspect.signature(m.forward).parameters), None)
+    if inner is None:
+        raise ValueError(f"record_decisions: {type(model).__name__} holds no model whose forward has output_decisions.")
+    recording, start = Recording(), 0
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not args and kwargs.get("input_ids") is None:
+            raise ValueError("record_decisions: a forward was given no input_ids, by which its rows are told apart.")
+        nonlocal start
+        past = kwargs.get("past_key_values")
+        start = 0 if past is None else past.get_seq_length()
+        return args, {**kwargs, "output_decisions": True}
+
+    def after(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        recording.add(start, args[0] if args else kwargs["input_ids"], out.decisions)
+
+    hooks = (
+        inner.register_forward_pre_hook(before, with_kwargs=True),
+        inner.register_forward_hook(after, with_kwargs=True),
+    )
+    try:
+        yield recording
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_topk_replay(relative_BLK: torch.Tensor, visible_BL: torch.Tensor, layer_idx: int) -> None:
@@ -156,6 +271,23 @@ def check_expert_replay(
     ordered = chosen.sort(-1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise ValueError(f"{name} names an expert twice in one row.")
+
+
+def _ordered(indices: Sequence[torch.Tensor | None], what: str) -> list[torch.Tensor | None]:
+    """int32, ascending, −1 at the tail."""
+    ordered: list[torch.Tensor | None] = []
+    for layer, x in enumerate(indices):
+        if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
+            raise ValueError(
+                f"from_indices: {what}_indices, layer {layer} is {x.dtype}; it must be of an integer dtype."
+            )
+        if x is not None:
+            last = torch.iinfo(torch.int64).max
+            x = x.long()
+            x = x.masked_fill(x == -1, last).sort(-1).values
+            x = x.masked_fill(x == last, -1).to(torch.int32)
+        ordered.append(x)
+    return ordered
 
 
 def _cat(parts: list[torch.Tensor | None]) -> torch.Tensor | None:

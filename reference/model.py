@@ -7,6 +7,7 @@
 Letters: B batch, L rows, M hidden_size, W vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention import Ask, DeepseekV32Attention
 from .cache import LatentCache
-from .checkpoint import check_checkpoint, check_loading, use_official_names
+from .checkpoint import check_loading, use_official_names
 from .config import DeepseekV32Config
 from .decisions import Decisions, LayerDecisions, check_expert_replay
 from .layout import Layout, build_layout
@@ -26,6 +27,7 @@ from .losses import causal_lm_loss
 from .moe import Experts, Gate, MoE, RMSNorm, SwiGLU
 from .outputs import BackboneOutput, CausalLMOutput
 from .rope import RotaryTable, yarn_inv_freq
+from .streaming import load_streaming, prepare
 
 logger = logging.get_logger(__name__)
 use_official_names()
@@ -65,7 +67,7 @@ class DeepseekV32DecoderLayer(GradientCheckpointingLayer):
         experts = None
         if isinstance(self.mlp, MoE):
             if replay.expert_indices is not None:
-                n_experts, top = self.mlp.gate.weight.shape[0], self.mlp.gate.top_k
+                n_experts, top = self.mlp.router.weight.shape[0], self.mlp.router.top_k
                 check_expert_replay(replay.expert_indices, layout.real_BL, top, n_experts, self.layer_idx)
             out, experts = self.mlp(normed, layout.real_BL, replay.expert_indices)
         else:
@@ -99,18 +101,34 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{config.num_hidden_layers}\..*"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a checkpoint that does not fit is refused instead of filled in at random.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers', for safetensors in the official layout: FP8 is dequantised, tensor by tensor.
+
+        A checkpoint that does not fit is refused instead of filled in at random; neither pickles nor code are read.
 
         Raises:
-            ValueError: a tensor that is missing, unknown, truncated or wrongly shaped, by its name.
+            ValueError: a tensor or scale that is missing, unknown, truncated, wrongly typed or wrongly shaped, by its
+                name; a path that is no checkpoint.
         """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, config=config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        check_checkpoint(pretrained_model_name_or_path, cls, kwargs.get("config"))
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        directory, config, kwargs = prepare(pretrained_model_name_or_path, cls, config, kwargs)
+        loaded: Any = super().from_pretrained(directory, *args, config=config, output_loading_info=True, **kwargs)
         model, info = loaded
         check_loading(pretrained_model_name_or_path, info)
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return (model, info) if wants_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        load = PreTrainedModel._load_pretrained_model
+        # Only an adapter, which transformers reads in this way too, comes with the keys that it expects.
+        if state_dict is not None or expected_keys is not None:
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return load_streaming(load, model, checkpoint_files, load_config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -126,6 +144,47 @@ class DeepseekV32PreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, RotaryTable):
             init.copy_(module.inv_freq, yarn_inv_freq(module.rope_parameters, module.dim))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; experts may also stand one by one under their official names, all of them or, in a shard, some.
+
+        `Trainer` reads its own checkpoints back by this method, and `save_pretrained` has written them in those names.
+
+        Raises:
+            RuntimeError: what torch raises for, or an expert of the wrong shape, by its name.
+        """
+        return super().load_state_dict(self._with_stacked_experts(state_dict, partly=not strict), strict, assign)
+
+    @torch.no_grad()
+    def _with_stacked_experts(self, state_dict: Mapping[str, Any], *, partly: bool) -> Mapping[str, Any]:
+        """`state_dict` with this model's own stacks, filled, in place of single experts; what it lacks stays as it is.
+
+        partly: whether a stack may lack experts; an incomplete one otherwise keeps its names, which torch refuses.
+        """
+        found = dict(state_dict)
+        for prefix, module in self.named_modules():
+            # Nothing can be copied into a stack that is offloaded: torch then says that it is missing.
+            if not isinstance(module, Experts) or module.down_proj.is_meta:
+                continue
+            for name, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                stack = getattr(module, name).detach()
+                places = {
+                    f"{prefix}.{i}.{part}.weight": rows
+                    for i, expert in enumerate(stack)
+                    for part, rows in zip(parts, expert.chunk(len(parts)), strict=True)
+                }
+                given = [key for key in places if key in found]
+                if not given or (len(given) < len(places) and not partly):
+                    continue
+                for key in given:
+                    if found[key].shape != places[key].shape:
+                        raise RuntimeError(
+                            f"load_state_dict: {key} has shape {tuple(found[key].shape)}; it must be {tuple(places[key].shape)}."
+                        )
+                    places[key].copy_(found.pop(key))
+                found[f"{prefix}.{name}"] = stack
+        # Without single experts the very dictionary that was given: torch keeps its versions in an attribute of it.
+        return found if found.keys() != state_dict.keys() else state_dict
 
 
 class DeepseekV32Model(DeepseekV32PreTrainedModel):

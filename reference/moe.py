@@ -141,6 +141,11 @@ class MoE(nn.Module):
         self.experts = self.experts_class(config)
         self.shared_experts = SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
+    @property
+    def router(self) -> Gate:
+        """The gate itself: an adapter on its weight stands around it, and has nothing of it but `forward`."""
+        return next(module for module in self.gate.modules() if isinstance(module, Gate))
+
     def forward(
         self, x_BLM: torch.Tensor, real_BL: torch.Tensor, replayed_BLT: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,9 +155,9 @@ class MoE(nn.Module):
         """
         x_NM = x_BLM.flatten(0, 1)
         scores_NX = self.gate(x_NM)
-        own_NT = self.gate.choose(scores_NX)
+        own_NT = self.router.choose(scores_NX)
         real_N1 = real_BL.flatten()[:, None]
         used_NT = own_NT if replayed_BLT is None else torch.where(real_N1, replayed_BLT.flatten(0, 1), own_NT)
-        routed = self.experts(x_NM, used_NT, self.gate.weights(scores_NX, used_NT))
+        routed = self.experts(x_NM, used_NT, self.router.weights(scores_NX, used_NT))
         out = (routed + at_least_fp32(self.shared_experts(x_NM))).to(x_BLM.dtype)
         return out.view_as(x_BLM), torch.where(real_N1, own_NT, -1).unflatten(0, x_BLM.shape[:2])

@@ -28,16 +28,23 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def save(directory: Path) -> None:
-    """Write a calibrated checkpoint in the official layout, and beside it its logits."""
+    """Write a calibrated checkpoint in the official layout, in fp32 and in FP8, and beside them their logits."""
     config = DeepseekV32Config.preset("tiny")
     model = load_weights(reference.DeepseekV32ForCausalLM, config, calibrated_state(config, 7), CPU, torch.float32)
     model.save_pretrained(directory / "model")  # type: ignore[operator]
-    save_file({"logits": logits_of(model)}, str(directory / "logits.safetensors"))
+    reference.save_official(model, directory / "fp8", "fp8", shard_size="100KB")  # type: ignore[arg-type]
+    from_fp8 = reference.DeepseekV32ForCausalLM.from_pretrained(directory / "fp8", dtype=torch.float32)
+    logits = {"logits": logits_of(model), "from fp8": logits_of(from_fp8)}
+    save_file(logits, str(directory / "logits.safetensors"))
 
 
 def load(directory: Path) -> None:
-    """Load it, compare the logits bit for bit in the reference and closely in the other models, and save it again."""
-    expected = load_file(str(directory / "logits.safetensors"))["logits"]
+    """Load them, compare logits bit for bit in the reference and closely in the other models, and save the first again."""
+    saved = load_file(str(directory / "logits.safetensors"))
+    from_fp8 = reference.load_model_for_sft(directory / "fp8", dtype=torch.float32)
+    if not torch.equal(logits_of(from_fp8), saved["from fp8"]):
+        raise SystemExit("reference: logits of the FP8 checkpoint differ")
+    expected = saved["logits"]
     model = reference.DeepseekV32ForCausalLM.from_pretrained(directory / "model")
     found = logits_of(model)
     if not torch.equal(found, expected):

@@ -8,20 +8,19 @@ Letters: B batch, L tokens.
 """
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
 from reference import DeepseekV32Config
 from reference.training import is_indexer
 from suites.support import SEED, assert_same, build, text, tiny
 
 L = 40
+README = Path(__file__).parents[2] / "README.md"
 both_packages = pytest.mark.parametrize("package", ["reference", "optimized"])
 
 
@@ -144,33 +143,6 @@ def test_loading_for_sft_in_bf16_with_a_device_map(package, freeze):
     logits = model(text(L), decisions=tape).logits
     assert logits.dtype == torch.bfloat16
     assert 1e-4 < ((logits - exact).norm() / exact.norm()).item() < 0.1
-
-
-@both_packages
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_a_device_map_that_offloads_to_disk_computes_the_same(package, sparse):
-    # What "auto" does where memory is short. Weights then arrive with a module's forward, and only with that.
-    saved = save_checkpoint(package, "checkpoint", use_sparse_attention=sparse)
-    model = model_class(package).from_pretrained("checkpoint", device_map={"": "disk"}, offload_folder="offload")
-    assert model.model.layers[1].mlp.gate.weight.device.type == "meta"
-    with torch.no_grad():
-        expected, out = (m(text(L), output_indexer_kl_loss=True) for m in (saved, model))
-    assert_same(out.logits, expected.logits, 1e-5)
-    assert_same(out.indexer_kl_loss, expected.indexer_kl_loss, 1e-5)
-
-
-@both_packages
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_a_bf16_model_that_is_offloaded_computes_the_same(package, sparse):
-    # Offloading to the CPU, unlike to the disk, keeps each weight's dtype: the keys' norm stays in fp32.
-    save_checkpoint(package, "checkpoint", use_sparse_attention=sparse)
-    model = model_class(package).from_pretrained("checkpoint", dtype=torch.bfloat16)
-    with torch.no_grad():
-        expected = model(text(L), output_indexer_kl_loss=True)
-        out = cpu_offload(model, torch.device("cpu"))(text(L), output_indexer_kl_loss=True)
-    assert model.model.layers[1].mlp.gate.weight.device.type == "meta"
-    assert_same(out.logits, expected.logits, 1e-5)
-    assert_same(out.indexer_kl_loss, expected.indexer_kl_loss, 1e-5)
 
 
 DENSE_FROM_CHECKPOINT = """
@@ -328,28 +300,6 @@ def test_merged_lora_computes_what_the_adapters_did(package):
     assert (plain(text(L), **asked).indexer_kl_loss - out.indexer_kl_loss).abs() > 1e-2
 
 
-@both_packages
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_lora_on_any_projection_of_attention_trains(package, sparse):
-    model = build(model_class(package), use_sparse_attention=sparse)
-    targets = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=0.0))
-    model(text(L), labels=text(L)).loss.backward()
-    added = {n: p for n, p in model.named_parameters() if "lora_B" in n}
-    assert len(added) == 3 * 5
-    assert [n for n, p in added.items() if p.grad is None or p.grad.abs().max() == 0] == []
-
-
-@both_packages
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_merged_lora_on_any_projection_of_attention_computes_the_same(package, sparse):
-    model = build(model_class(package), use_sparse_attention=sparse)
-    targets = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, lora_dropout=0.0))
-    adapted = train_adapters_at_random(model)(text(L)).logits
-    assert_same(model.merge_and_unload()(text(L)).logits, adapted)
-
-
 VERIFYING = """
 from {package} import DeepseekV32Config, DeepseekV32ForCausalLM
 import torch
@@ -412,59 +362,12 @@ def test_the_guides_stages_follow_one_another(package):
     assert still == {n for n in before if is_indexer(n)}
 
 
-def rows_of_unequal_length(count):
-    """Labelled rows of one width; what stands behind each one's own length is padding."""
-    rows = []
-    for i, ids in enumerate(text(L, SEED, count)):
-        mask = (torch.arange(L) < L - 7 * (i % 4)).long()
-        rows.append({
-            "input_ids": ids.masked_fill(mask == 0, 258), "attention_mask": mask,
-            "labels": ids.masked_fill(mask == 0, -100),
-        })  # fmt: skip
-    return rows
-
-
-def trained(package, steps, batch, accumulate, optimizer="sgd", **settings):
-    """A model after `steps` of the stock Trainer on CPU, and the Trainer."""
-    model = build(model_class(package), torch.float32, indexer_kl_coef=0.5)
-    arguments = TrainingArguments(
-        output_dir=str(Path.cwd() / "out"), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
-        max_steps=steps, learning_rate=0.1, optim=optimizer, lr_scheduler_type="constant", max_grad_norm=0.0,
-        logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=SEED, **settings,
-    )  # fmt: skip
-    rows = rows_of_unequal_length(steps * batch * accumulate)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:2])
-    trainer.train()
-    return model, trainer
-
-
-@both_packages
-def test_the_stock_trainer_trains_both_losses(package):
-    start = build(model_class(package), torch.float32)
-    model, trainer = trained(package, steps=2, batch=4, accumulate=1)
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(logged) == 2 and all(value > 0 for value in logged)
-    before = dict(start.named_parameters())
-    assert [n for n, p in model.named_parameters() if torch.equal(p, before[n])] == []
-
-
-@both_packages
-def test_the_stock_trainer_makes_the_same_step_of_one_batch_and_of_four(package):
-    whole, _ = trained(package, steps=1, batch=4, accumulate=1)
-    parts, _ = trained(package, steps=1, batch=1, accumulate=4)
-    start = dict(build(model_class(package), torch.float32).named_parameters())
-    for (name, one), four in zip(whole.named_parameters(), parts.parameters(), strict=True):
-        step = (one - start[name]).abs().max()
-        assert (one - four).abs().max() < 1e-4 * step + 1e-7, name
-
-
-@both_packages
-def test_the_stock_trainer_evaluates(package):
-    _, trainer = trained(package, steps=1, batch=2, accumulate=1)
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
 def test_the_guides_hub_name_is_not_asked_of_the_network_when_a_directory_has_it():
     save_checkpoint("reference", "deepseek-ai/DeepSeek-V3.2")
     config = DeepseekV32Config.from_pretrained("deepseek-ai/DeepSeek-V3.2", local_files_only=True)
     assert config.hidden_size == 64
+
+
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL))
+def test_each_python_snippet_of_the_readme_runs(snippet):
+    run(snippet, "reference")
