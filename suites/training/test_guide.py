@@ -20,7 +20,8 @@ from reference.training import is_indexer
 from suites.support import SEED, assert_same, build, text, tiny
 
 L = 40
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "docs/training.md")
 both_packages = pytest.mark.parametrize("package", ["reference", "optimized"])
 
 
@@ -368,6 +369,12 @@ def test_the_guides_hub_name_is_not_asked_of_the_network_when_a_directory_has_it
     assert config.hidden_size == 64
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL))
-def test_each_python_snippet_of_the_readme_runs(snippet):
+def snippets():
+    for document in DOCUMENTS:
+        for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), re.DOTALL)):
+            yield pytest.param(snippet, id=f"{document} {i}")
+
+
+@pytest.mark.parametrize("snippet", snippets())
+def test_each_python_snippet_of_the_documents_runs(snippet):
     run(snippet, "reference")
