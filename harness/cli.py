@@ -1,6 +1,8 @@
-"""The command line: `v32 verify`, `v32 bench`, `v32 mutants`, `v32 golden`, `v32 kernels`, `v32 report`, `v32 doctor`.
+"""The command line: `v32 verify`, `v32 bench`, `v32 mutants`, `v32 train`, `v32 golden`, `v32 kernels`, `v32 compare`,
+`v32 report`, `v32 doctor`.
 
-Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified · 0.
+Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified ·
+4 slower or less accurate than the baseline · 0.
 """
 
 import sys
@@ -11,10 +13,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from reports.markdown import markdown
+from reports.files import REPORT_FILES, write_reports
 from reports.records import RecordError, read_run, run_exit_code, write_text_atomically
 from reports.terminal import print_line, render
 
+from .environment import without_paths
 from .goldens.cli import golden_app
 
 USAGE_ERROR = 2
@@ -40,7 +43,7 @@ def commands() -> None:
 
 @app.command()
 def verify(
-    config: Annotated[str, typer.Option(help="A preset: tiny, bench, small, medium.")] = "tiny",
+    config: Annotated[str, typer.Option(help="A preset: tiny, mini, bench, small, medium.")] = "tiny",
     subject: Annotated[
         str, typer.Option(help="optimized, reference, transformers, transformers-eager, or FILE.py:factory.")
     ] = "optimized",
@@ -80,7 +83,7 @@ def verify(
 
 @app.command()
 def bench(
-    config: Annotated[str, typer.Option(help="A preset: tiny, bench, small, medium.")] = "bench",
+    config: Annotated[str, typer.Option(help="A preset: tiny, mini, bench, small, medium.")] = "bench",
     lengths: Annotated[str, typer.Option(help="Tokens a row, separated by commas.")] = "512,1024,2048",
     passes: Annotated[
         str,
@@ -150,6 +153,51 @@ def mutants(
 
 
 @app.command()
+def train(
+    stage: Annotated[str, typer.Option(help="dense, warmup, sparse, sft.")],
+    config: Annotated[str | None, typer.Option(help="A preset; default tiny, or the config of --init.")] = None,
+    model: Annotated[str, typer.Option(help="optimized or reference.")] = "optimized",
+    init: Annotated[
+        Path | None, typer.Option(help="Start from these weights: the folder of an earlier stage, or a checkpoint.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="dense or sparse; of stage sft, which has both.")] = None,
+    lora: Annotated[
+        str,
+        typer.Option(help="Train adapters on attention, experts, indexer, separated by commas, in place of weights."),
+    ] = "",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    steps: Annotated[int | None, typer.Option(help="Steps of the whole stage; the default is the recipe's.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a row, in place of the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of a batch, in place of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="AdamW's rate; of stage warmup the indexer's.")] = None,
+    lr_matrices: Annotated[float | None, typer.Option(help="Muon's rate, for the layers' matrices.")] = None,
+    lr_indexer: Annotated[float | None, typer.Option(help="The indexer's rate.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 25,
+    measure_every: Annotated[int, typer.Option(help="Steps between two measurements of the indexer.")] = 20,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last state in --out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where record, report, states and checkpoint go; default runs/<time>-STAGE.")
+    ] = None,
+) -> None:
+    """Train one stage of the recipe on real text, copying and retrieval: audited, measured, resumable."""
+    from .training.command import Request, run_training
+
+    if resume and out is None:
+        raise typer.BadParameter("--resume needs --out, the folder of the run to go on with.")
+    request = Request(
+        stage=stage, config=config, model=model, init=init, attention=attention, lora=lora, rank=rank, steps=steps,
+        seq_len=seq_len, batch=batch, lr=lr, lr_matrices=lr_matrices, lr_indexer=lr_indexer, dtype=dtype, device=device,
+        seed=seed, save_every=save_every, measure_every=measure_every, overrides=tuple(set_ or ()), resume=resume,
+        out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}",
+    )  # fmt: skip
+    raise typer.Exit(run_training(request, Console()))
+
+
+@app.command()
 def kernels(
     target: Annotated[
         str, typer.Option(help="sm_80, sm_90a, sm_100a, separated by commas; all for every one.")
@@ -171,16 +219,63 @@ def kernels(
 
 
 @app.command()
+def recipe(
+    config: Annotated[str, typer.Option(help="A preset; mini is the smallest that learns retrieval.")] = "mini",
+    seeds: Annotated[int, typer.Option(help="Seeds from 0 on; each takes 7 CPU minutes, 15 with the faults.")] = 3,
+    faults: Annotated[bool, typer.Option(help="Also warm up with each known fault.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Where run.jsonl, report.md and weights go; default runs/<time>-recipe.")
+    ] = None,
+) -> None:
+    """Train the recipe from nothing, and show what a warmed-up indexer is worth: the table of proof."""
+    from .training.recipe import Request
+    from .training.recipe import recipe as run_recipe
+
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-recipe"
+    raise typer.Exit(run_recipe(Request(config, seeds, faults, folder), Console()))
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run's directory, or its run.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="Where the reports go; default beside the records.")] = None,
 ) -> None:
-    """Rebuild report.md from a run's records, and show it on the terminal."""
+    """Rebuild report.md, report.html, junit.xml and report.json from a run's records, and show it on the terminal."""
     records = read_run(run)
-    folder = run if run.is_dir() else run.parent
+    folder = out or (run if run.is_dir() else run.parent)
     console = Console()
-    write_text_atomically(folder / "report.md", markdown(records))
+    try:
+        write_reports(folder, records)
+    except OSError as error:
+        raise typer.BadParameter(f"--out is {str(folder)!r}, which cannot be written: {error.strerror}.") from None
+    print_line(console, f"Reports: {', '.join(str(folder / name) for name in REPORT_FILES)}")
     render(records, console)
     raise typer.Exit(run_exit_code(records))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="The baseline: a run's directory, or its run.jsonl.")],
+    after: Annotated[Path, typer.Argument(help="The run that is compared with it.")],
+    out: Annotated[Path | None, typer.Option(help="Where compare.md and compare.html go; default nowhere.")] = None,
+) -> None:
+    """Two runs side by side: what changed, and whether the second is slower or less accurate; then the exit code is 4."""
+    from reports.compare import compare as compare_runs
+    from reports.compare_view import html, markdown
+    from reports.compare_view import render as render_comparison
+
+    found = compare_runs(read_run(before), read_run(after))
+    console = Console()
+    if out is not None:
+        names = (without_paths(str(before)), without_paths(str(after)))
+        try:
+            write_text_atomically(out / "compare.md", markdown(found, names))
+            write_text_atomically(out / "compare.html", html(found, names))
+        except OSError as error:
+            raise typer.BadParameter(f"--out is {str(out)!r}, which cannot be written: {error.strerror}.") from None
+        print_line(console, f"Comparison: {out / 'compare.md'}, {out / 'compare.html'}")
+    render_comparison(found, console)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

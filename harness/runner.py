@@ -121,12 +121,16 @@ def select_cases(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]
     return of_models, of_operators
 
 
+# Mode, case, dtype, tokens a row and rows.
+Key = tuple[str, str, str, int, int]
+
+
 @dataclass(slots=True)
 class Oracles:
-    """What does not depend on the subject, by mode, case and dtype, for the next subject on the same weights and seed."""
+    """What does not depend on the subject, for the next subject on the same weights and seed."""
 
-    models: dict[tuple[str, str, str], Oracle] = field(default_factory=dict)
-    benches: dict[tuple[str, str, str], OperatorBench] = field(default_factory=dict)
+    models: dict[Key, Oracle] = field(default_factory=dict)
+    benches: dict[Key, OperatorBench] = field(default_factory=dict)
 
 
 def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verdict]:
@@ -135,12 +139,12 @@ def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verd
     `oracles` keeps everything that does not depend on the subject; without it each oracle is freed before the next.
     """
     oracle: Oracle | None = None
-    held: tuple[str, str, str] | None = None
+    held: Key | None = None
     lacking: set[tuple[str, str]] = set()
     for mode, case_name, dtype, checks in plan.steps():
+        key = (mode, case_name, dtype, plan.length, plan.batch)
         if mode == "operators":
             oracle = held = None
-            key = (mode, case_name, dtype)
             kept = None if oracles is None else oracles.benches.get(key)
             if kept is None:
                 case = build_operator_case(case_name, plan.config, seed=plan.seed, length=plan.length, batch=plan.batch)
@@ -149,8 +153,8 @@ def run(plan: Plan, sink: Sink, oracles: Oracles | None = None) -> Iterator[Verd
                 oracles.benches[key] = kept
             yield from _judged(checks, kept.of_another(plan.subject), mode, plan, sink, lacking)
             continue
-        if held != (mode, case_name, dtype) or oracle is None:
-            held = (mode, case_name, dtype)
+        if held != key or oracle is None:
+            held = key
             # The previous oracle's gradients are freed before the next is made.
             oracle = None if oracles is None else oracles.models.get(held)
             if oracle is None:

@@ -14,8 +14,8 @@ from rich.console import Console
 from optimized import implementations
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
 from reference.checkpoint import read_config
-from reports.markdown import markdown
-from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code, write_text_atomically
+from reports.files import files_written, remove_reports, write_reports
+from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code
 from reports.terminal import Progress, print_line, render
 
 from .cases import calibrated_state
@@ -24,7 +24,6 @@ from .runner import DTYPES, Plan, run, select_cases, select_checks
 from .subjects import resolve_subject, with_backend
 from .text import standard_library
 
-REPORT_FILE = "report.md"
 USAGE_ERROR = 2
 # Long enough to choose from, short enough for a CPU; a multiple of index_topk would hide an off-by-one.
 LENGTHS = {"tiny": 96}
@@ -63,7 +62,7 @@ def plan_for(request: Request) -> Plan:
     Raises:
         ValueError: anything that cannot be done, as one sentence that names the argument.
     """
-    device = _device(request.device)
+    device = device_of(request.device)
     asked = ",".join(DTYPES) if request.dtype == AUTO else request.dtype
     dtypes = tuple(name for name in asked.split(",") if name)
     for name in dtypes:
@@ -82,7 +81,7 @@ def plan_for(request: Request) -> Plan:
     subject = resolve_subject(request.subject)
     if request.backend is not None:
         subject = with_backend(subject, request.backend, device)
-    config, options = _config(request)
+    config, options = config_of(request)
     length = request.seq_len if request.seq_len is not None else length_for(config, request.config)
     if length < 8:
         raise ValueError(f"--seq-len is {length}; it must be 8 or more.")
@@ -112,7 +111,12 @@ def plan_for(request: Request) -> Plan:
     )  # fmt: skip
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        ValueError: no such device, or none here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -124,7 +128,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _config(request: Request) -> tuple[DeepseekV32Config, tuple[str, ...]]:
+def config_of(request: Request) -> tuple[DeepseekV32Config, tuple[str, ...]]:
+    """The config of a request, and the options that ask for it again.
+
+    Raises:
+        ValueError: an unknown preset or field, or a checkpoint that is none.
+    """
     fields: dict[str, object] = {}
     options: list[str] = []
     for entry in request.overrides:
@@ -177,7 +186,7 @@ def verify(request: Request, console: Console) -> int:
     try:
         # A report of an earlier run in the same place must not stand beside new records.
         request.out.mkdir(parents=True, exist_ok=True)
-        (request.out / REPORT_FILE).unlink(missing_ok=True)
+        remove_reports(request.out)
     except OSError as error:
         print_line(
             Console(stderr=True), f"v32 verify: --out is {request.out}, which cannot be a folder: {error.strerror}."
@@ -232,8 +241,8 @@ def implementations_of(plan: Plan, backend: str | None) -> dict[str, dict[str, s
 
 def _finish(out: Path, console: Console) -> int:
     records = read_run(out)
-    write_text_atomically(out / REPORT_FILE, markdown(records))
-    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    write_reports(out, records)
+    print_line(console, files_written(out))
     render(records, console)
     return run_exit_code(records)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from reports.kills import FAMILY, catalogue_cells, kills
+from reports.recipe import sections
 from reports.records import Run, Verdict, verdict_line, why_not_complete
 from reports.text import clean, duration, number, one_line, sparkline, spread
 from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
@@ -31,6 +32,8 @@ from reports.view import (
 # A comment on a pull request may hold 65,536 characters.
 _FITS = 60_000
 _LONGEST_TEXT = 1500
+# Steps of a training curve that a table shows.
+_STEPS = 7
 
 
 def markdown(run: Run) -> str:
@@ -64,7 +67,7 @@ def code_block(text: str) -> str:
 def _page(run: Run, rows: int) -> str:
     labels = Labels(run)
     parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
-    parts += _kills(run, rows) + _timings(run, rows)
+    parts += _kills(run, rows) + _timings(run, rows) + _training(run, rows)
     for family, verdicts in families(run).items():
         if family in (FAMILY, BENCH):
             continue
@@ -119,15 +122,27 @@ def _family(verdicts: list[Verdict], labels: Labels, rows: int) -> str:
     return _table(["check", "case", "dtype", "status", "worst / budget", "used", "time"], cells, rows)
 
 
+def _training(run: Run, rows: int) -> list[str]:
+    parts: list[str] = []
+    for tables, notes in sections(run, _STEPS):
+        for title, columns, cells in tables:
+            parts += [f"### {escape(title.capitalize())}", _table(columns, cells, rows)]
+        parts.append(_bullets(escape(note) for note in notes))
+    return parts
+
+
 def _kills(run: Run, rows: int) -> list[str]:
     found = kills(run)
     if found is None:
         return []
     killed = len(found.mutants) - len(found.survivors)
     parts = [f"### Kill matrix: {killed} of {len(found.mutants)} mutants killed"]
-    parts.append(code_block("\n".join(found.lines())))
+    lines = found.lines()
+    parts.append(code_block("\n".join(lines[: rows + 1])))
+    if (left := len(lines) - rows - 1) > 0:
+        parts.append(f"{left} more mutants are in report.html.")
     parts.append("A check is redundant here when another check fails each mutant that it fails.")
-    parts.append(_table(["", "check", "kills", "kills that no other check makes"], found.check_cells(), 1000))
+    parts.append(_table(["", "check", "kills", "kills that no other check makes"], found.check_cells(), rows))
     parts.append("### The mutants")
     parts.append(_table(["mutant", "what is wrong", "on record", "checks that fail it"], found.mutant_cells(), rows))
     catalogue = catalogue_cells(run)

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from reports.kills import FAMILY, kills
+from reports.recipe import sections
 from reports.records import FAILING, Measurement, Run, Status, Verdict, run_exit_code, verdict_line
 from reports.text import ascii_only, clean, duration, number, one_line, sparkline, spread
 from reports.timings import COLUMNS, DETAILS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
@@ -131,6 +132,7 @@ def render(run: Run, console: Console) -> None:
     _header(run, console)
     _kills(run, console)
     _timings(run, console)
+    _training(run, console)
     for family, verdicts in families(run).items():
         if family in (FAMILY, BENCH):
             continue
@@ -222,11 +224,25 @@ def _timings(run: Run, console: Console) -> None:
     console.print()
 
 
+def _training(run: Run, console: Console) -> None:
+    for tables, notes in sections(run, _columns(console)):
+        for title, columns, cells in tables:
+            _table(title, columns, [[shown(console, one_line(cell)) for cell in row] for row in cells], console)
+        for note in notes:
+            console.print(shown(console, note), overflow="fold")
+        console.print()
+
+
+def _columns(console: Console) -> int:
+    """How many steps of a curve fit beside its name and its bars."""
+    return max(2, min(9, (console.width - 36) // 9))
+
+
 def _curves(verdict: Verdict, labels: Labels, console: Console) -> None:
     found = curves(verdict)
     if not found:
         return
-    steps = spread(max(len(values) for values in found.values()), max(2, min(9, (console.width - 36) // 9)))
+    steps = spread(max(len(values) for values in found.values()), _columns(console))
     rows = []
     for name, values in found.items():
         points = [number(values[step]) if step < len(values) else "-" for step in steps]

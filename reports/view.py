@@ -28,7 +28,9 @@ def what_ran_where(run: Run) -> list[tuple[str, str]]:
     """The header as rows of name and text; what the header does not hold is left out."""
     given = [(label, run.header.get(key)) for label, key in _HEADER_ROWS]
     rows = [
-        (label, flat(value, " " if label == "command" else ", ")) for label, value in given if value not in (None, "")
+        (label, flat(value, " " if label == "command" else ", "))
+        for label, value in given
+        if value not in (None, "", {}, [])
     ]
     environment = run.header.get("environment")
     if isinstance(environment, dict):

@@ -12,8 +12,8 @@ import torch
 import transformers
 from rich.console import Console
 
-from reports.markdown import markdown
-from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code, write_text_atomically
+from reports.files import files_written, remove_reports, write_reports
+from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
 from reports.schema import FAILING, Status
 from reports.terminal import Progress, print_line, render
 from reports.timings import FAMILY, QUANTITIES
@@ -21,7 +21,7 @@ from reports.timings import FAMILY, QUANTITIES
 from .. import verify
 from ..environment import capture
 from ..runner import Oracles, Plan, run, select_checks
-from ..verify import REPORT_FILE, USAGE_ERROR, command_line, one_sentence
+from ..verify import USAGE_ERROR, command_line, one_sentence
 from .fits import doublings, power_law
 from .paired import LEAST_SAMPLES, Series, measure
 from .point import (
@@ -239,7 +239,7 @@ def bench(request: Request, console: Console) -> int:
         return USAGE_ERROR
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        (request.out / REPORT_FILE).unlink(missing_ok=True)
+        remove_reports(request.out)
     except OSError as error:
         print_line(errors, f"v32 bench: --out is {request.out}, which cannot be a folder: {error.strerror}.")
         return USAGE_ERROR
@@ -285,8 +285,8 @@ def _header(contest: Contest) -> dict[str, object]:
 
 def _finish(out: Path, console: Console) -> int:
     records = read_run(out)
-    write_text_atomically(out / REPORT_FILE, markdown(records))
-    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    write_reports(out, records)
+    print_line(console, files_written(out))
     render(records, console)
     return run_exit_code(records)
 

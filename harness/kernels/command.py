@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from reports.markdown import markdown
+from reports.files import files_written, remove_reports, write_reports
 from reports.records import (
     JSON,
     RUN_FILE,
@@ -25,14 +25,13 @@ from reports.records import (
     read_run,
     run_exit_code,
     verdict_line,
-    write_text_atomically,
 )
 from reports.schema import Measure, NullCandidate, Status
 from reports.terminal import Progress, plain_line, print_line, shown
 from reports.view import failing, failure_details, flat
 
 from ..environment import capture
-from ..verify import REPORT_FILE, USAGE_ERROR, command_line, one_sentence
+from ..verify import USAGE_ERROR, command_line, one_sentence
 from . import worker
 from .budgets import (
     ALLOWANCES,
@@ -124,7 +123,7 @@ def kernels(request: Request, console: Console) -> int:
             jobs, problems = chosen_of(request, listing)
             # A report of an earlier run in the same place must not stand beside new records.
             request.out.mkdir(parents=True, exist_ok=True)
-            (request.out / REPORT_FILE).unlink(missing_ok=True)
+            remove_reports(request.out)
         except ValueError as error:
             print_line(errors, f"v32 kernels: {error}")
             return USAGE_ERROR
@@ -252,7 +251,7 @@ def module_verdict(module: str, problem: str) -> Verdict:
 
 def _finish(out: Path, console: Console) -> int:
     records = read_run(out)
-    write_text_atomically(out / REPORT_FILE, markdown(records))
+    write_reports(out, records)
     print_table(records, console)
     for verdict in failing(records):
         print_line(console, plain_line(verdict), "bold red")
@@ -260,7 +259,7 @@ def _finish(out: Path, console: Console) -> int:
             console.print(shown(console, f"  {line}"), overflow="fold")
         print_line(console, f"$ {verdict.reproduce}")
         console.print()
-    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    print_line(console, files_written(out))
     code = run_exit_code(records)
     print_line(console, verdict_line(records), "bold red" if code else "bold green")
     return code

@@ -11,14 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from reports.markdown import markdown
-from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code, write_text_atomically
+from reports.files import files_written, remove_reports, write_reports
+from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
 from reports.schema import Measure, NullCandidate, Status
 from reports.terminal import Progress, print_line, render
 
 from ..checks import CHECKS
 from ..environment import capture
-from ..verify import REPORT_FILE, USAGE_ERROR, command_line
+from ..verify import USAGE_ERROR, command_line
 from . import matrix
 from .coverage import coverage
 from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, pass_of_right, select_mutants
@@ -68,7 +68,7 @@ def mutants(request: Request, console: Console) -> int:
         return USAGE_ERROR
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        (request.out / REPORT_FILE).unlink(missing_ok=True)
+        remove_reports(request.out)
     except OSError as error:
         print_line(errors, f"v32 mutants: --out is {request.out}, which cannot be a folder: {error.strerror}.")
         return USAGE_ERROR
@@ -103,8 +103,8 @@ def mutants(request: Request, console: Console) -> int:
 
 def _finish(out: Path, console: Console) -> int:
     records = read_run(out)
-    write_text_atomically(out / REPORT_FILE, markdown(records))
-    print_line(console, f"Records: {out / RUN_FILE} · report: {out / REPORT_FILE}")
+    write_reports(out, records)
+    print_line(console, files_written(out))
     render(records, console)
     return run_exit_code(records)
 

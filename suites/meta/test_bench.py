@@ -85,7 +85,7 @@ def bench(**fields):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--config", "huge"], "'huge'; available: tiny, bench, small, medium"),
+        (["--config", "huge"], "'huge'; available: tiny, mini, bench, small, medium"),
         (["--lengths", "512,4"], "--lengths names '4'; lengths are numbers of tokens, 8 or more"),
         (["--lengths", "many"], "'many'"),
         (["--lengths", "-512"], "-512"),

@@ -26,6 +26,7 @@ from harness.cli import main
 from harness.subjects import load_weights
 from harness.verify import checkpoint_state
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
+from reports.files import REPORT_FILES
 from reports.records import read_run, run_exit_code, verdict_line
 from reports.schema import Status
 
@@ -78,7 +79,7 @@ def refused(capsys, *words):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--config", "huge"], "'huge'; available: tiny, bench, small, medium"),
+        (["--config", "huge"], "'huge'; available: tiny, mini, bench, small, medium"),
         (["--nonsense"], "--nonsense"),
         (["extra"], "extra"),
         (["--set", "topk=3"], "'topk'"),
@@ -474,7 +475,7 @@ def test_a_new_run_in_the_place_of_a_killed_one_is_clean_and_complete(killed, he
     found = read_run(folder)
     assert found.complete
     assert {v.check for v in found.verdicts} == {"finite", "parity.logits"}
-    assert sorted(path.name for path in folder.iterdir()) == ["report.md", "run.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*REPORT_FILES, "run.jsonl"])
 
 
 @pytest.fixture(scope="module")

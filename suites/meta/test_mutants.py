@@ -1,6 +1,7 @@
 """The mutants, their matrix and their command: known bugs are applied where they say, and every one is noticed."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from harness.mutants.matrix import Pass, mutant_called, mutant_subject, select_m
 from harness.mutants.mutant import bug
 from harness.mutants.patching import ROOT, Patch, patched_copy, patched_sources
 from harness.runner import Oracles, run
+from harness.subjects import resolve_subject
 from reference import DeepseekV32Config
 from reference.rope import rotary_factor
 from reports.kills import catalogue_cells, kills
@@ -134,6 +136,29 @@ def test_the_unpatched_copy_is_failed_by_nothing(oracles):
     with mutant_subject(NONE) as subject:
         plan = plan_of(subject, checks=("choices", "parity", "kl", "gradients"), without={"dense"})
         assert [v.check for v in run(plan, Silent(), oracles) if v.status is not Status.VERIFIED] == []
+
+
+def test_operators_are_made_of_nothing_beside_their_folders():
+    """So that a mutant which patches something else need not be tried on them."""
+    for folder in matrix.OPERATOR_FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            for line in path.read_text("utf-8").splitlines():
+                if (found := re.match(r"\s*(?:from|import) (reference|optimized)[.\w]*", line)) is not None:
+                    name = found[0].split()[-1].replace(".", "/") + "/"
+                    assert name.startswith(matrix.OPERATOR_FOLDERS), f"{path}: {line}"
+    with mutant_subject(mutant_called("A01-interleaved-indexer-rope")) as subject:
+        assert not subject.operators
+    with mutant_subject(mutant_called("C03-native-lost-updates-of-dkv")) as subject:
+        assert subject.operators
+
+
+def test_what_is_kept_of_one_length_does_not_serve_another():
+    kept = Oracles()
+    subject = resolve_subject("reference")
+    for length in (24, 40):
+        plan = replace(plan_of(subject, checks=["operators"], cases=()), operator_cases=("causal",), length=length)
+        assert {v.status for v in run(plan, Silent(), kept)} <= {Status.VERIFIED, Status.NOT_APPLICABLE}
+    assert {bench.case.sizes.slots for bench in kept.benches.values()} == {24, 40}
 
 
 def test_a_pass_keeps_the_worst_status_of_each_check():

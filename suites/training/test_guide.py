@@ -371,7 +371,9 @@ def test_the_guides_hub_name_is_not_asked_of_the_network_when_a_directory_has_it
 
 def snippets():
     for document in DOCUMENTS:
-        for i, snippet in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), re.DOTALL)):
+        for i, snippet in enumerate(
+            re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), re.DOTALL)
+        ):
             yield pytest.param(snippet, id=f"{document} {i}")
 
 

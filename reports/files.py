@@ -1,0 +1,37 @@
+"""The files that a run leaves beside its records, all of them made from the records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reports.junit import junit
+from reports.markdown import markdown
+from reports.records import RUN_FILE, Run, write_text_atomically
+from reports.summary import summary
+
+MARKDOWN_FILE, HTML_FILE, JUNIT_FILE, JSON_FILE = "report.md", "report.html", "junit.xml", "report.json"
+REPORT_FILES = (MARKDOWN_FILE, HTML_FILE, JUNIT_FILE, JSON_FILE)
+
+
+def write_reports(folder: Path, run: Run) -> None:
+    """Write `REPORT_FILES` into `folder`, each of them whole or not at all.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    # The page's charts cost a second of imports, which a command that is only asked for help need not pay.
+    from reports.html import html
+
+    for name, make in ((MARKDOWN_FILE, markdown), (JUNIT_FILE, junit), (JSON_FILE, summary), (HTML_FILE, html)):
+        write_text_atomically(folder / name, make(run))
+
+
+def files_written(folder: Path) -> str:
+    """The line that a command ends with: where its records are, and the reports beside them."""
+    return f"Records: {folder / RUN_FILE} · reports: {', '.join(REPORT_FILES)}"
+
+
+def remove_reports(folder: Path) -> None:
+    """Remove the reports of an earlier run, which must not stand beside new records."""
+    for name in REPORT_FILES:
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""The suites on Modal's GPUs: `modal run suites/gpu.py --config tiny`, or `modal run -m suites.gpu --config tiny`.
+
+    modal run suites/gpu.py --config medium --gpu H200,H100 --timeout 3600
+    modal run suites/gpu.py --sft
+    modal run suites/gpu.py --suite verify,kernels,bench --out runs/all
+    modal run suites/gpu.py --suite verify,kernels,bench --out runs/all --resume
+
+docs/modal.md says what each flag does and what comes back.
+"""
+
+import os
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from rich.console import Console
+
+from harness.dispatch.command import (
+    DEFAULT_GPU,
+    DEFAULT_TIMEOUT,
+    USAGE_ERROR,
+    dispatch,
+    settings_for,
+    suite_shards,
+)
+from harness.dispatch.modal import cloud_for
+from reports.terminal import print_line
+
+# The default of --gpu, for those who always want another.
+GPU_VARIABLE = "V32_GPU"
+
+
+def refused(error: ValueError) -> SystemExit:
+    """Says in one sentence what cannot be done."""
+    print_line(Console(stderr=True), f"suites/gpu.py: {' '.join(str(error).split())}")
+    return SystemExit(USAGE_ERROR)
+
+
+def early(arguments: list[str]) -> tuple[str, float]:
+    """--gpu and --timeout, which the decorators need before Modal has parsed the command line.
+
+    Raises:
+        ValueError: a --timeout that is no number.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpu", default=os.environ.get(GPU_VARIABLE, DEFAULT_GPU))
+    parser.add_argument("--timeout", default=str(DEFAULT_TIMEOUT))
+    found, _ = parser.parse_known_args(arguments)
+    try:
+        return found.gpu, float(found.timeout)
+    except ValueError:
+        raise ValueError(f"--timeout is {found.timeout!r}; it must be a number of seconds.") from None
+
+
+try:
+    GPU, TIMEOUT = early(sys.argv[1:])
+    asked = settings_for(GPU, TIMEOUT, None, False, None, "gpu")
+except ValueError as error:
+    raise refused(error) from None
+cloud = cloud_for(asked.gpu, asked.timeout)
+app = cloud.app
+
+
+@app.local_entrypoint()
+def main(
+    config: str = "tiny",
+    suite: str = "",
+    sft: bool = False,
+    subject: str = "optimized",
+    checks: str = "all",
+    dtype: str = "auto",
+    seed: int = 0,
+    gpu: str = GPU,
+    timeout: float = DEFAULT_TIMEOUT,
+    price: float = 0.0,
+    resume: bool = False,
+    out: str = "",
+):
+    """Run suites of --config on a GPU; without --suite and --sft that is verify."""
+    try:
+        settings = settings_for(gpu, timeout, price or None, resume, Path(out) if out else None, "gpu")
+        suites = [word.strip() for word in suite.split(",") if word.strip()] + (["sft"] if sft else [])
+        shards = suite_shards(suites or ["verify"], config, subject, checks, dtype, seed, settings.gpu)
+    except ValueError as error:
+        raise refused(error) from None
+    sys.exit(dispatch(shards, settings, cloud.place, Console()))
