@@ -235,8 +235,8 @@ def test_a_state_of_other_data_weights_or_config_is_refused(tmp_path):
         run(moved, stage, **settings(tmp_path, resume=True))
     with pytest.raises(StateError, match="config.index_topk was 16, and is 8 now"):
         run(model_for(DeepseekV32ForCausalLM, index_topk=8), stage, **settings(tmp_path, resume=True))
+    unbalanced = replace(stage, bias_rate=0.0)
     with pytest.raises(StateError, match="is of another run"):
-        unbalanced = replace(stage, bias_rate=0.0)
         run(model_for(DeepseekV32ForCausalLM, lora_in=stage), unbalanced, **settings(tmp_path, resume=True))
 
 
