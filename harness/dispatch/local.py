@@ -48,6 +48,7 @@ def run_shard(shard: Shard, out: Path, limit: float) -> Items:
                 stderr=subprocess.STDOUT,
                 # Its own group, so that what it starts is stopped with it, and a Ctrl-C reaches it only through here.
                 start_new_session=True,
+                preexec_fn=hears_ctrl_c,
             )
             try:
                 reader = _Reader(out / RUN_FILE)
@@ -71,6 +72,11 @@ def run_shard(shard: Shard, out: Path, limit: float) -> Items:
         record=reader.whole(),
         log=text,
     )
+
+
+def hears_ctrl_c() -> None:
+    """For `preexec_fn`: a process in the background ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def log_tail(path: Path) -> str:

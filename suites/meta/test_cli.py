@@ -23,6 +23,7 @@ from harness import runner
 from harness.cases import calibrated_state
 from harness.checks import Check
 from harness.cli import main
+from harness.dispatch.local import hears_ctrl_c
 from harness.subjects import load_weights
 from harness.verify import checkpoint_state
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
@@ -60,7 +61,7 @@ def v32(*words):
 def process(*words, cwd, **environment):
     return subprocess.Popen(
         [sys.executable, "-m", "harness.cli", *words], cwd=cwd, env={**ENVIRONMENT, **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c,
     )  # fmt: skip
 
 

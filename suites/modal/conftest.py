@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.dispatch.local import hears_ctrl_c
+
 from .loopback import Loopback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +37,7 @@ def start(server: Loopback, *words: str, **variables: str) -> subprocess.Popen:
     return subprocess.Popen(
         [Path(sys.executable).with_name("modal"), "run", *words], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+        preexec_fn=hears_ctrl_c,
     )  # fmt: skip
 
 

@@ -239,6 +239,7 @@ def test_a_published_config_with_a_quantisation_is_read(tmp_path):
 # k, experts with their top and width, groups and those kept.
 TABLE = {
     "tiny": (64, 128, 3, 1, 4, 48, 32, 16, 16, 24, 16, 32, 16, 8, 2, 32, 4, 2),
+    "mini": (128, 256, 3, 1, 4, 96, 64, 32, 32, 32, 8, 64, 32, 8, 2, 64, 4, 2),
     "bench": (256, 512, 4, 1, 8, 128, 64, 32, 16, 32, 4, 32, 256, 8, 2, 128, 2, 1),
     "small": (1024, 2048, 8, 2, 16, 256, 128, 64, 64, 64, 16, 128, 256, 16, 4, 512, 4, 2),
     "medium": (2048, 4096, 4, 1, 128, 1536, 512, 128, 64, 128, 64, 128, 2048, 32, 8, 1024, 8, 4),
@@ -275,7 +276,7 @@ def test_v32_has_the_published_vocabulary():
 
 def test_there_are_no_other_presets():
     assert list(PRESETS) == list(TABLE)
-    with pytest.raises(ValueError, match="Unknown preset 'huge'; available: tiny, bench, small, medium, v32"):
+    with pytest.raises(ValueError, match="Unknown preset 'huge'; available: tiny, mini, bench, small, medium, v32"):
         DeepseekV32Config.preset("huge")
 
 
