@@ -18,6 +18,7 @@ _SECTIONS = (
     html_verdicts.stages,
     html_verdicts.selection,
     html_measured.training_charts,
+    html_measured.proof,
     html_measured.curve_charts,
     html_measured.kill_matrix,
     html_measured.time_and_memory,

@@ -10,6 +10,7 @@ from reports.guide import LENGTH_COLUMNS, MEMORY_COLUMNS
 from reports.guide import guide as guide_of
 from reports.kills import catalogue_cells, kills
 from reports.page import Block, Chart, Folded, Section, Table, Text
+from reports.recipe import recipe
 from reports.schema import Run
 from reports.text import number, spread
 from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, QUANTITIES, Row, Timings, point_of, timings
@@ -57,6 +58,16 @@ def training_charts(run: Run) -> Section | None:
         blocks.append(_curves("Norms of gradients", "2-norm", norms))
     tables = [Table(title.capitalize(), columns, rows) for title, columns, rows in found.tables(7)]
     return Section("training", f"Training, stage {found.stage}", [*blocks, *tables])
+
+
+def proof(run: Run) -> Section | None:
+    """The table of proof of a run of `v32 recipe`."""
+    found = recipe(run)
+    if found is None:
+        return None
+    notes = [Text(note) for note in found.notes()]
+    tables = [Table(title[0].upper() + title[1:], columns, rows) for title, columns, rows in found.tables()]
+    return Section("recipe", "What the recipe is worth", [*notes, *tables])
 
 
 def _curves(title: str, unit: str, found: Sequence[Curve]) -> Chart:

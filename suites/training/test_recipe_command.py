@@ -36,6 +36,7 @@ def test_the_table_is_trained_recorded_and_shown(tmp_path, monkeypatch, capsys):
     ):
         assert text in page, text
     assert "Which numbers notice a fault" in page
+    assert "What the recipe is worth" in (tmp_path / "report.html").read_text()
     assert "captured" in capsys.readouterr().out
     assert (tmp_path / "weights" / "seed1" / "sparse" / "model.safetensors").is_file()
 
