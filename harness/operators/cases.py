@@ -321,7 +321,7 @@ def _same(sizes: Sizes) -> Sizes:
 def _odd(s: Sizes) -> Sizes:
     # More batch entries than heads: a kernel that swaps the two strides reads past the end.
     return replace(
-        s, batch=4, rows=max(1, s.rows // 6), heads=3, width=40, values=24, index_heads=5, index_width=24,
+        s, batch=5, rows=max(1, s.rows // 3), heads=3, width=40, values=24, index_heads=5, index_width=24,
     )  # fmt: skip
 
 
