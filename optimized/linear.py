@@ -48,19 +48,23 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[*, F]`, as nn.Linear's."""
-        weight = self.weight
-        plain = (
-            self.bias is not None
-            or x.dtype != weight.dtype
-            or linear_implementation(weight.device, weight.dtype) == "blas"
-            or x.numel() == 0
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-        )
-        if plain:
-            return super().forward(x)
-        y_PF: Tensor = _OneDnnLinear.apply(x.flatten(0, -2), weight)
-        return y_PF.unflatten(0, x.shape[:-1])
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[*, F]`, as F.linear's, by the product of `linear_implementation`."""
+    plain = (
+        bias is not None
+        or x.dtype != weight.dtype
+        or linear_implementation(weight.device, weight.dtype) == "blas"
+        or x.numel() == 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    )
+    if plain:
+        return F.linear(x, weight, bias)
+    y: Tensor = _OneDnnLinear.apply(x.flatten(0, -2), weight)
+    return y.unflatten(0, x.shape[:-1])
 
 
 class _OneDnnLinear(torch.autograd.Function):

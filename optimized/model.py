@@ -123,7 +123,7 @@ class DeepseekV32Attention(ReferenceAttention):
         found = Found(topk_BLK=own_BLK)
         if ask.kl_loss:
             assert t.index_q_BLJE is not None and index_k_BSE is not None and t.index_w_BLJ is not None
-            found.kl_sum, _ = indexer_kl(
+            found.kl_sum = self._kl_sum(
                 t.index_q_BLJE, index_k_BSE, t.index_w_BLJ, q_BLHD.detach(), k.detach(), lse_BLH, bounds_BL2, self.scale,
                 None if path == "dense" else used_BLK, backend=self.backend,
             )  # fmt: skip
@@ -145,6 +145,11 @@ class DeepseekV32Attention(ReferenceAttention):
                 backend=self.backend,
             )
         return kept.topk_BLK
+
+    def _kl_sum(self, *inputs: Any, backend: str | None) -> torch.Tensor:
+        """Σ over rows of the KL: what `indexer_kl` makes of the same arguments."""
+        kl_sum, _ = indexer_kl(*inputs, backend=backend)
+        return kl_sum
 
     def _gathered(
         self, t: Projected, layout: Layout, indices_BLK: torch.Tensor
@@ -185,6 +190,10 @@ class DeepseekV32Attention(ReferenceAttention):
         )
         return out_BLHV, q_BLHD, k_BSHD, lse_BLH
 
+    def _target_rows(self, q_BCHD: torch.Tensor, k: torch.Tensor, lse_BCH: torch.Tensor) -> torch.Tensor:
+        """As the function of that name, at the model's scale."""
+        return _target_rows(q_BCHD, k, lse_BCH, self.scale)
+
     def _materialise(
         self,
         found: Found,
@@ -217,7 +226,7 @@ class DeepseekV32Attention(ReferenceAttention):
                 )
                 scores.append(part.masked_fill(~shown_BLS[:, rows], -torch.inf))
             if ask.kl_target:
-                p = _target_rows(q_BLHD[:, rows], k, lse_BLH[:, rows], self.scale)
+                p = self._target_rows(q_BLHD[:, rows], k, lse_BLH[:, rows])
                 p = p.gather(-1, layout.compact_BS[:, None, :].expand_as(p)) if layout.padded else p
                 targets.append(p.masked_fill(~candidates_BLS[:, rows], 0.0))
         if scores:

@@ -213,8 +213,13 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
         decisions: Decisions | None = None,
         ask: Ask | None = None,
         output_hidden_states: bool = False,
+        layout: Layout | None = None,
     ) -> BackboneOutput:
-        """Run the layers; arguments as in `DeepseekV32ForCausalLM.forward`, requests packed into `ask`."""
+        """Run the layers; arguments as in `DeepseekV32ForCausalLM.forward`, requests packed into `ask`.
+
+        layout: of these tokens, where it does not follow from mask, positions and `cu_seq_lens_q`, which are then not
+        read: they are some rows of a longer sequence, whose keys attention brings together itself.
+        """
         ask = ask or Ask()
         x_BLM = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
@@ -224,7 +229,7 @@ class DeepseekV32Model(DeepseekV32PreTrainedModel):
         if cache is not None:
             cache.check(self.config, x_BLM.shape[0])
             past = cache.layout
-        layout = build_layout(
+        layout = layout or build_layout(
             x_BLM.shape[0], x_BLM.shape[1], x_BLM.device,
             attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens=cu_seq_lens_q, past=past,
         )  # fmt: skip
@@ -376,18 +381,22 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):
             rows = out.num_rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             kl_loss = out.indexer_kl_sum / rows.to(out.indexer_kl_sum.device, out.indexer_kl_sum.dtype).clamp_min(1)
         if labels is not None:
-            lm_loss = causal_lm_loss(
-                logits_BLW,
-                self._checked_labels(labels, logits_BLW),
-                self._real(attention_mask, labels),
-                num_items_in_batch,
-            )
+            lm_loss = self._lm_loss(logits_BLW, labels, self._real(attention_mask, labels), num_items_in_batch)
             loss = lm_loss if coef == 0 or kl_loss is None else lm_loss + coef * kl_loss.to(lm_loss.device)
         return CausalLMOutput(
             loss=loss, logits=logits_BLW, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
             lm_loss=lm_loss, indexer_kl_loss=kl_loss, indexer_scores=out.indexer_scores,
             indexer_kl_targets=out.indexer_kl_targets, decisions=out.decisions,
         )  # fmt: skip
+
+    def _lm_loss(
+        self,
+        logits_BLW: torch.Tensor,
+        labels_BL: torch.Tensor,
+        real_BL: torch.Tensor,
+        num_items: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        return causal_lm_loss(logits_BLW, self._checked_labels(labels_BL, logits_BLW), real_BL, num_items)
 
     @staticmethod
     def _real(attention_mask: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
@@ -400,6 +409,9 @@ class DeepseekV32ForCausalLM(DeepseekV32PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)}; it must be that of the tokens, {tuple(logits_BLW.shape[:2])}."
             )
+        return self._checked_classes(labels)
+
+    def _checked_classes(self, labels: torch.Tensor) -> torch.Tensor:
         wrong = (labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))
         if bool(wrong.any()):
             raise ValueError(

@@ -22,6 +22,7 @@ pass.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +42,16 @@ from optimized.ops.backend import (
     mark_reached_,
     opaque,
     register,
+    resolve_backend,
     row_chunks,
     split_finite,
     visible_keys,
     without_autocast,
 )
 from optimized.ops.indexer_topk import index_scores
+
+# Mean over all heads of a tensor that is a mean over this process's: see `indexer_kl`.
+SumHeads = Callable[[Tensor], Tensor]
 
 
 @opaque
@@ -62,6 +67,7 @@ def indexer_kl(
     indices_BLK: Tensor | None = None,
     *,
     backend: str | None = None,
+    sum_heads: SumHeads | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of KL(main attention || softmax of index scores): report eq. 3, or eq. 4 with indices.
 
@@ -78,6 +84,10 @@ def indexer_kl(
         indices_BLK: None, or int32 or int64 key slots, distinct within a row; a row's keys are then those of
             them that its bounds hold. -1, anywhere in the row, is no key.
         backend: name of the implementation, None for the device's default.
+        sum_heads: given where the heads are divided among processes that hold the same rows: adds the tensor that it
+            is given, this process's heads' mean of the attention weights, to the others' and returns their mean. It is
+            called once for each chunk of rows, in the same order everywhere. The implementation "torch" alone has a
+            place for it.
 
     Returns:
         kl_sum: scalar, the sum of kl_BL; differentiable in iq, ik and w, and in nothing else.
@@ -99,10 +109,13 @@ def indexer_kl(
     if indices_BLK is not None:
         check_indices(indices_BLK, sizes, device)
     check_scale(scale)
+    if sum_heads is not None and (name := resolve_backend("indexer_kl", backend, device)) != "torch":
+        raise ValueError(f"sum_heads is given with backend {name!r}; the implementation 'torch' alone takes it.")
     run = implementation("indexer_kl", backend, device)
+    more = {} if sum_heads is None else {"sum_heads": sum_heads}
     q_BLHD, k, lse_BLH = q_BLHD.detach(), k.detach(), lse_BLH.detach()
     with without_autocast(device):
-        kl_sum, kl_BL = run(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK)
+        kl_sum, kl_BL = run(iq_BLJE, ik_BSE, w_BLJ, q_BLHD, k, lse_BLH, bounds_BL2, scale, indices_BLK, **more)
     return kl_sum, kl_BL
 
 
@@ -146,8 +159,8 @@ class _IndexerKl(torch.autograd.Function):
 
 
 @register("indexer_kl", "torch")
-def _indexer_kl_torch(*inputs: Any) -> tuple[Tensor, Tensor]:
-    return streamed(_stream, *inputs)
+def _indexer_kl_torch(*inputs: Any, sum_heads: SumHeads | None = None) -> tuple[Tensor, Tensor]:
+    return streamed(partial(_stream, sum_heads=sum_heads), *inputs)
 
 
 class _Keys(NamedTuple):
@@ -174,6 +187,8 @@ def _stream(
     scale: float,
     indices_BLK: Tensor | None,
     wanted: bool,
+    *,
+    sum_heads: SumHeads | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """The rows' divergences, and the gradients of their sum."""
     indexer = (iq_BLJE, ik_BSE, w_BLJ)
@@ -208,6 +223,9 @@ def _stream(
             # Where relu is not finite, the score is not either. Hidden ones would leak through 0 * inf.
             relu_CJn.masked_fill_(hidden_Cn.unsqueeze(1), 0)
         p_Cn = _target(q_BLHD[here].to(dtype) * scale, lse_BLH[here].to(dtype), keys, logit_buffer)
+        if sum_heads is not None:
+            # Before p is used for anything: a divergence of some heads' p is not a part of the divergence of all.
+            p_Cn = sum_heads(p_Cn)
         p_Cn.masked_fill_(hidden_Cn, 0)
         score_Cn.masked_fill_(hidden_Cn, -torch.inf)
         lse_C1 = score_Cn.logsumexp(-1, keepdim=True)
