@@ -41,6 +41,8 @@ MODEL_CAPABILITIES: dict[str, str] = {
     "bitwise": "gives the same bits when run again on the same input",
 }
 ALL = frozenset(MODEL_CAPABILITIES)
+# What only models of transformers can declare.
+PLUG_IN = {"plug-in": "was built by transformers while plug_into_transformers of its attribute plug_in was in"}
 
 # The operators, in the signatures of `optimized.ops`, and what each may declare besides.
 OPERATORS: dict[str, tuple[str, ...]] = {
@@ -57,6 +59,7 @@ OPERATOR_EXTRAS: dict[str, str] = {
 }
 CAPABILITIES: dict[str, str] = {
     **MODEL_CAPABILITIES,
+    **PLUG_IN,
     **{name: f"offers {name} in its dictionary of operators" for name in OPERATORS},
     **{
         f"{name}:{extra}": f"declares that {name} {OPERATOR_EXTRAS[extra]}"
@@ -80,7 +83,8 @@ class Factory(Protocol):
 class Subject:
     """An implementation under test: a model, operators, or both.
 
-    `spec` is what `--subject` was given, for the command that reproduces a failure.
+    `spec` is what `--subject` was given, for the command that reproduces a failure. `overrides` are fields of the config
+    that it cannot do without: the reference runs with them too.
     """
 
     name: str
@@ -88,6 +92,11 @@ class Subject:
     capabilities: frozenset[str]
     spec: str
     operators: Operators = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def configured(self, config: DeepseekV32Config) -> DeepseekV32Config:
+        """`config` with the subject's overrides."""
+        return DeepseekV32Config(**{**config.to_dict(), **self.overrides}) if self.overrides else config
 
     def build(
         self,
@@ -218,6 +227,7 @@ def optimized_operators(package: Any = optimized.ops) -> Operators:
 
 def _builtins() -> dict[str, Subject]:
     from .operators.plain import reference_operators
+    from .plugged import DEEPSEEK, GLM, plugged
     from .upstream import UPSTREAM_CAPABILITIES, upstream_factory
 
     return {
@@ -227,6 +237,8 @@ def _builtins() -> dict[str, Subject]:
         "transformers-eager": Subject(
             "transformers-eager", upstream_factory("eager"), UPSTREAM_CAPABILITIES, "transformers-eager"
         ),
+        "transformers-plugged": plugged("transformers-plugged", DEEPSEEK),
+        "glm-plugged": plugged("glm-plugged", GLM),
     }
 
 

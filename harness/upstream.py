@@ -1,7 +1,7 @@
 """transformers' own `DeepseekV32ForCausalLM` as a subject, with the tape added from outside.
 
 Nothing of what it computes is touched: the wrappers swap the choices that its indexer and its router
-return, and write down what they would have chosen.
+return, and write down what they would have chosen. `plugged.py` puts the same tape on the models that are plugged in.
 
 Letters: B batch, L rows, S key slots, K chosen keys, N = B·L tokens, T chosen experts.
 """
@@ -27,9 +27,14 @@ _OURS_ONLY = (
 
 def upstream_config(config: DeepseekV32Config, attention: str) -> UpstreamConfig:
     """transformers' config of the same sizes, with `attention` as its attn_implementation."""
-    fields = {name: value for name, value in config.to_dict().items() if name not in _OURS_ONLY}
+    fields = upstream_fields(config)
     made: Any = UpstreamConfig
     return cast(UpstreamConfig, made(**fields, attn_implementation=attention))
+
+
+def upstream_fields(config: DeepseekV32Config) -> dict[str, Any]:
+    """The fields that a config of transformers has in common with `config`."""
+    return {name: value for name, value in config.to_dict().items() if name not in _OURS_ONLY}
 
 
 def upstream_factory(attention: str) -> Any:
@@ -42,20 +47,28 @@ def upstream_factory(attention: str) -> Any:
         device: torch.device,
         dtype: torch.dtype,
     ) -> nn.Module:
-        model: Any = TapedUpstream(upstream_config(config, attention))
-        model.load_state_dict(dict(state_dict), strict=True)
-        biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
-        fp32_biases = {n: b.clone() for n, b in biases.items()}
-        model = model.to(device, dtype)
-        # As its from_pretrained keeps them: the router bias in fp32 and the rotary table unrounded.
-        if dtype.itemsize < 4:
-            for name, buffer in model.named_buffers():
-                if name in fp32_biases:
-                    buffer.data = fp32_biases[name].to(device)
-        model.model.rotary_emb = upstream.DeepseekV32RotaryEmbedding(config=model.config).to(device)
-        return cast(nn.Module, model)
+        return with_weights(TapedUpstream(upstream_config(config, attention)), state_dict, device, dtype)
 
     return factory
+
+
+def with_weights(
+    model: Any, state_dict: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A model of transformers with copies of the weights, kept as its from_pretrained keeps them.
+
+    The router bias stays in fp32, and the rotary table unrounded.
+    """
+    model.load_state_dict(dict(state_dict), strict=True)
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    fp32_biases = {n: b.clone() for n, b in biases.items()}
+    model = model.to(device, dtype)
+    if dtype.itemsize < 4:
+        for name, buffer in model.named_buffers():
+            if name in fp32_biases:
+                buffer.data = fp32_biases[name].to(device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return cast(nn.Module, model)
 
 
 class TapeRun:
@@ -74,16 +87,18 @@ class TapeRun:
         return Decisions(tuple(LayerDecisions(own.get("topk_indices"), own.get("expert_indices")) for own in self.own))
 
 
-class TapedUpstream(upstream.DeepseekV32ForCausalLM):
-    """transformers' model, recording and replaying choices."""
+class Taped(nn.Module):
+    """Mixed in before a causal LM of transformers: recording and replaying choices."""
 
-    def __init__(self, config: UpstreamConfig) -> None:
+    model: Any
+
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         # The run that each layer is in; set when its attention begins, in a forward and in a recomputation alike.
         self.runs: list[TapeRun | None] = [None for _ in self.model.layers]
         for i, layer in enumerate(self.model.layers):
             self._follow(layer.self_attn, i)
-            self._tape_indexer(layer.self_attn.indexer, i)
+            self._tape_selection(layer.self_attn, i)
             if hasattr(layer.mlp, "gate"):
                 self._tape_gate(layer.mlp.gate, i)
 
@@ -122,7 +137,8 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):
         assert run is not None, "a layer's attention runs before its gate"
         return run
 
-    def _tape_indexer(self, indexer: nn.Module, layer_idx: int) -> None:
+    def _tape_selection(self, attention: Any, layer_idx: int) -> None:
+        indexer = attention.indexer
         inner = indexer.forward
 
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -158,6 +174,10 @@ class TapedUpstream(upstream.DeepseekV32ForCausalLM):
             return logits, chosen * router.routed_scaling_factor, used_NT
 
         gate.forward = forward
+
+
+class TapedUpstream(Taped, upstream.DeepseekV32ForCausalLM):
+    """transformers' model with the tape."""
 
 
 def as_decisions(slots_BLK: torch.Tensor, layout: Layout) -> torch.Tensor:

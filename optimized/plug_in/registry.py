@@ -1,0 +1,153 @@
+"""What is replaced in transformers while the plug-in is in, and how it is put back.
+
+Three seams, in this order:
+
+1. `register_patch_mapping`: `from_pretrained` and `from_config` build a model of our subclasses by it.
+2. `apply_patches`, held open: the same for every class that is called by a name of transformers' modules, so that
+   `transformers.DeepseekV32ForCausalLM(config)` and the Auto classes find our subclasses, too.
+3. For a class that the caller imported before, there is no seam. Its `__init__` is wrapped: the model that it has
+   built becomes one of our subclass, as long as it is one of the class itself.
+
+A model is what it was built as. One that was built while the plug-in was in keeps our operators after it is out, also
+when a backward recomputes its layers; one that was built before keeps transformers'.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from types import TracebackType
+from typing import Any
+
+import transformers
+from packaging.version import Version
+
+# The first and the last minor version that the tests of the plug-in run on.
+TESTED_VERSIONS = ((5, 17), (5, 23))
+
+_lock = threading.RLock()
+_held: list["PlugIn"] = []
+_undo = ExitStack()
+
+
+class PlugIn:
+    """One call of `plug_into_transformers`: `unplug` or the end of a `with` block takes it back."""
+
+    def unplug(self) -> None:
+        """Put transformers back as it was, unless another call still holds the plug-in; a second time does nothing."""
+        with _lock:
+            if self not in _held:
+                return
+            _held.remove(self)
+            if not _held:
+                _undo.close()
+
+    def __enter__(self) -> "PlugIn":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.unplug()
+
+
+def plug_into_transformers() -> PlugIn:
+    """Make transformers' `DeepseekV32ForCausalLM` and `GlmMoeDsaForCausalLM` compute by the operators of `optimized.ops`.
+
+    Models that are built from now on, by `from_pretrained`, `from_config` or a constructor, keep their parameters'
+    names, checkpoints, caches and plans; they hold no L×L tensor, and their indexers can be trained:
+
+        model(**batch, output_indexer_kl_loss=True).indexer_kl_loss      nats a row, summed over indexers
+        config.indexer_kl_coef = 1.0          loss = lm_loss + indexer_kl_coef · indexer_kl_loss, for Trainer
+        config.use_sparse_attention = False   attention over every visible key, and the loss of eq. 3: the warm-up
+        config.detach_indexer_input = False   lets the KL loss reach the layers below
+
+    Calls may be nested; the last `unplug` restores transformers.
+
+    Returns:
+        A handle whose `unplug()` takes this call back; also a context manager that does so at its end.
+
+    Raises:
+        RuntimeError: a version of transformers that the plug-in was not tested on.
+        ValueError: one of the classes has a patch of somebody else.
+    """
+    check_version(transformers.__version__)
+    with _lock:
+        if not _held:
+            _install()
+        handle = PlugIn()
+        _held.append(handle)
+    return handle
+
+
+def check_version(version: str) -> None:
+    """Refuse a transformers of `version`, unless the plug-in was tested on it.
+
+    Raises:
+        RuntimeError: it is outside of `TESTED_VERSIONS`.
+    """
+    lowest, highest = TESTED_VERSIONS
+    parsed = Version(version)
+    if parsed.is_prerelease or not lowest <= parsed.release[:2] <= highest:
+        tested = " to ".join(".".join(map(str, edge)) for edge in TESTED_VERSIONS)
+        raise RuntimeError(
+            f"transformers is {version}, but plug_into_transformers is tested on releases {tested}: install one of these."
+        )
+
+
+def _install() -> None:
+    # Here, because another version of transformers may lack what these modules import.
+    from transformers.monkey_patching import (
+        apply_patches,
+        get_patch_mapping,
+        register_patch_mapping,
+        unregister_patch_mapping,
+    )
+
+    from . import deepseek_v32, glm_moe_dsa
+
+    families = (deepseek_v32, glm_moe_dsa)
+    replaced = {name: cls for family in families for name, cls in family.REPLACED.items()}
+    if taken := sorted(replaced.keys() & get_patch_mapping().keys()):
+        raise ValueError(
+            f"transformers' patch mapping has an entry of somebody else for {taken[0]}; unregister_patch_mapping it first."
+        )
+    with ExitStack() as undo:
+        for family in families:
+            # Building a model under a patch mapping writes into this table of the class that all models share.
+            recorded = family.upstream_base._can_record_outputs
+            undo.callback(_put_back, recorded, dict(recorded))
+        register_patch_mapping(replaced)
+        undo.callback(unregister_patch_mapping, list(replaced))
+        _resolve_lazy_names(replaced)
+        undo.enter_context(apply_patches())
+        for family in families:
+            for original, ours in family.BUILT_DIRECTLY.items():
+                undo.callback(setattr, original, "__init__", original.__init__)
+                _wrap_init(original, ours)
+        _undo.push(undo.pop_all())
+
+
+def _resolve_lazy_names(names: dict[str, Any]) -> None:
+    """Has transformers' top-level module look `names` up, so that what is restored later is what it finds now."""
+    for name in names:
+        getattr(transformers, name, None)
+
+
+def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
+    table.clear()
+    table.update(entries)
+
+
+def _wrap_init(original: type[Any], ours: type[Any]) -> None:
+    init: Callable[..., None] = original.__init__
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self) is original:
+            self.__class__ = ours
+
+    __init__.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
+    original.__init__ = __init__
