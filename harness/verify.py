@@ -82,6 +82,7 @@ def plan_for(request: Request) -> Plan:
     if request.backend is not None:
         subject = with_backend(subject, request.backend, device)
     config, options = config_of(request)
+    config = subject.configured(config)
     length = request.seq_len if request.seq_len is not None else length_for(config, request.config)
     if length < 8:
         raise ValueError(f"--seq-len is {length}; it must be 8 or more.")
