@@ -164,6 +164,14 @@ def parameter_group(parameter_name: str) -> str:
     raise ValueError(f"parameter_group: {parameter_name!r} is not a parameter of DeepSeek V3.2.")
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter once, then every buffer that a checkpoint holds, by name."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    every = dict(model.named_parameters(remove_duplicate=False))
+    held = model.state_dict(keep_vars=True)
+    return {**found, **{name: tensor for name, tensor in held.items() if name not in every}}
+
+
 @dataclass(frozen=True, slots=True)
 class GroupCount:
     """Parameters of one group: how many there are, and how many require gradient."""

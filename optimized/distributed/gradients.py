@@ -23,37 +23,39 @@ def own_shard(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[Tensor], order: float = 2.0) -> Tensor:
-    """The 2-norm (or, with `order` inf, the largest absolute value) of all `gradients` together: a scalar, on every rank.
-
-    Raises:
-        ValueError: another order.
-    """
-    if order not in (2.0, float("inf")):
-        raise ValueError(f"order is {order}; it must be 2 or inf.")
-    most = order != 2.0
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all `gradients` together: a scalar, on every rank."""
     by_place: dict[Any, list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         place = None
         if isinstance(gradient, DTensor):
             cut = tuple(i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
             place = (gradient.device_mesh, cut)
-        shard = at_least_fp32(own_shard(gradient))
-        empty = shard.new_zeros(())
-        by_place[place].append((shard.abs().amax() if shard.numel() else empty) if most else shard.square().sum())
+        by_place[place].append(at_least_fp32(own_shard(gradient)).square().sum())
     found: list[Tensor] = []
     for place, parts in by_place.items():
-        stacked = torch.stack(parts)
-        value = stacked.amax() if most else stacked.sum()
+        value = torch.stack(parts).sum()
         if place is not None:
             mesh, cut = place
             for axis in cut:
-                dist.all_reduce(value, dist.ReduceOp.MAX if most else dist.ReduceOp.SUM, group=mesh.get_group(axis))
+                dist.all_reduce(value, group=mesh.get_group(axis))
         found.append(value)
     if not found:
         return torch.zeros(())
-    every = torch.stack(found)
-    return every.amax() if most else every.sum().sqrt()
+    return torch.stack(found).sum().sqrt()
+
+
+@torch.no_grad()
+def largest_entries(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """The largest absolute value of each gradient over all ranks, infinite where an entry is NaN; one reduction for all."""
+    shards = [at_least_fp32(own_shard(gradient)) for gradient in gradients]
+    if not shards:
+        return []
+    values = torch.stack([shard.abs().amax() if shard.numel() else shard.new_zeros(()) for shard in shards])
+    # A maximum over ranks may lose a NaN, depending on the order in which it meets it.
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return list(values.unbind())
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ data, over which parameters are sharded and gradients summed; the experts are cu
 are sharded over dp and cp.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -183,8 +183,3 @@ def connect(layout: ParallelLayout, device: torch.device) -> Ranks:
         init_device_mesh(device.type, shape, mesh_dim_names=tuple(names)) for shape, names in shapes
     )
     return Ranks(layout, tokens, experts, axes)
-
-
-def described(layout: ParallelLayout) -> dict[str, int | str]:
-    """The layout for a record."""
-    return {item.name: getattr(layout, item.name) for item in fields(layout)}

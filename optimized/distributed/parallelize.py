@@ -118,7 +118,8 @@ def _shard(model: DeepseekV32ForCausalLM, ranks: Ranks) -> None:
             if isinstance(module, ParallelExperts):
                 fully_shard(module, mesh=replica, mp_policy=policy, shard_placement_fn=_beside_the_cut)
         fully_shard(layer, mesh=data, mp_policy=policy, shard_placement_fn=_beside_the_cut)
-    fully_shard(model, mesh=data, mp_policy=policy, shard_placement_fn=_beside_the_cut)
+    # Outside of a forward and a backward `model.parameters()` are the shards, also after a forward without a backward.
+    fully_shard(model, mesh=data, mp_policy=policy, shard_placement_fn=_beside_the_cut, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by counts of all ranks already. gloo has no sum with a factor.
