@@ -5,10 +5,11 @@ Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuo
 4 slower or less accurate than the baseline · 0.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,11 +21,27 @@ from reports.terminal import print_line, render
 from .environment import without_paths
 from .goldens.cli import golden_app
 
+if TYPE_CHECKING:
+    from .dispatch.command import Settings
+
 USAGE_ERROR = 2
 INTERRUPTED = 130
 # The base of every error in a command line. typer exports only its leaves, and ships click in one version and not in
 # another.
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
+# Where a command runs; the rest of these belongs to --on modal.
+On = Annotated[
+    str, typer.Option("--on", help="local, or modal: on Modal's machines, with the same records and reports.")
+]
+Gpu = Annotated[
+    str | None, typer.Option(help="On Modal: GPUs from the most wanted on, or none; default V32_GPU, else H100.")
+]
+ShardTimeout = Annotated[
+    float | None, typer.Option(help="On Modal: seconds that each of the parts that run at once may take; default 3600.")
+]
+Price = Annotated[float | None, typer.Option(help="On Modal: US$ an hour of the GPU; then the record has the cost.")]
+Resume = Annotated[bool, typer.Option("--resume", help="On Modal: run only what is missing in --out.")]
 
 app = typer.Typer(
     add_completion=False,
@@ -65,6 +82,11 @@ def verify(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Config and weights from a local checkpoint directory instead of a preset.")
     ] = None,
+    on: On = "local",
+    gpu: Gpu = None,
+    shard_timeout: ShardTimeout = None,
+    price: Price = None,
+    resume: Resume = False,
     out: Annotated[
         Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-verify.")
     ] = None,
@@ -73,11 +95,16 @@ def verify(
     from .verify import Request
     from .verify import verify as run_verify
 
+    settings = _elsewhere(on, gpu, shard_timeout, price, resume, out, "verify")
     request = Request(
         config=config, subject=subject, checks=checks, cases=cases, seq_len=seq_len, batch=batch, device=device,
         dtype=dtype, backend=backend, seed=seed, overrides=tuple(set_ or ()), checkpoint=checkpoint,
         out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify",
     )  # fmt: skip
+    if settings is not None:
+        from .dispatch.command import verify_on_modal
+
+        raise typer.Exit(verify_on_modal(request, settings, Console()))
     raise typer.Exit(run_verify(request, Console()))
 
 
@@ -112,6 +139,11 @@ def bench(
     timeout: Annotated[float, typer.Option(help="Seconds that one pass, or building a model, may take.")] = 900.0,
     seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
+    on: On = "local",
+    gpu: Gpu = None,
+    shard_timeout: ShardTimeout = None,
+    price: Price = None,
+    resume: Resume = False,
     out: Annotated[
         Path | None, typer.Option(help="Where run.jsonl and report.md go; default runs/<time>-bench.")
     ] = None,
@@ -120,11 +152,16 @@ def bench(
     from .bench.command import Request
     from .bench.command import bench as run_bench
 
+    settings = _elsewhere(on, gpu, shard_timeout, price, resume, out, "bench")
     request = Request(
         config=config, subject=subject, against=against, lengths=lengths, passes=passes, backend=backend, batch=batch,
         device=device, dtype=dtype, threads=threads, repeats=repeats, floors=floors, peak_tflops=peak_tflops, timeout=timeout, seed=seed,
         overrides=tuple(set_ or ()), out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-bench",
     )  # fmt: skip
+    if settings is not None:
+        from .dispatch.command import bench_on_modal
+
+        raise typer.Exit(bench_on_modal(request, settings, Console()))
     raise typer.Exit(run_bench(request, Console()))
 
 
@@ -284,6 +321,33 @@ def doctor() -> None:
     from .doctor import print_doctor
 
     raise typer.Exit(print_doctor(Console()))
+
+
+def _elsewhere(
+    on: str,
+    gpu: str | None,
+    shard_timeout: float | None,
+    price: float | None,
+    resume: bool,
+    out: Path | None,
+    name: str,
+) -> "Settings | None":
+    """How a command is dispatched to Modal; None where it runs here."""
+    if on == "local":
+        given = {"--gpu": gpu, "--shard-timeout": shard_timeout, "--price": price, "--resume": resume or None}
+        for flag in (flag for flag, value in given.items() if value is not None):
+            raise typer.BadParameter(f"{flag} belongs to --on modal, and this run is local.")
+        return None
+    if on != "modal":
+        raise typer.BadParameter(f"--on is {on!r}; allowed are local and modal.")
+    from .dispatch.command import DEFAULT_GPU, DEFAULT_TIMEOUT, GPU_VARIABLE, settings_for
+
+    wanted = gpu if gpu is not None else os.environ.get(GPU_VARIABLE, DEFAULT_GPU)
+    seconds = shard_timeout if shard_timeout is not None else DEFAULT_TIMEOUT
+    try:
+        return settings_for(wanted, seconds, price, resume, out, name, timeout_flag="--shard-timeout")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from optimized import implementations
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
 from reference.checkpoint import read_config
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code
 from reports.terminal import Progress, print_line, render
 
@@ -178,21 +178,13 @@ def verify(request: Request, console: Console) -> int:
     transformers.logging.disable_progress_bar()
     try:
         plan = plan_for(request)
+        begin_in(request.out)
     except ValueError as error:
         print_line(Console(stderr=True), f"v32 verify: {one_sentence(error)}")
         return USAGE_ERROR
     if sum(t.numel() for t in plan.state.values()) < SMALL and plan.device.type == "cpu":
         # The barrier at the end of each operation costs more threads than such a model has work for.
         torch.set_num_threads(1)
-    try:
-        # A report of an earlier run in the same place must not stand beside new records.
-        request.out.mkdir(parents=True, exist_ok=True)
-        remove_reports(request.out)
-    except OSError as error:
-        print_line(
-            Console(stderr=True), f"v32 verify: --out is {request.out}, which cannot be a folder: {error.strerror}."
-        )
-        return USAGE_ERROR
     command = command_line("verify")
     header = {
         "subject": plan.subject.name,

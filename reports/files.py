@@ -31,7 +31,15 @@ def files_written(folder: Path) -> str:
     return f"Records: {folder / RUN_FILE} · reports: {', '.join(REPORT_FILES)}"
 
 
-def remove_reports(folder: Path) -> None:
-    """Remove the reports of an earlier run, which must not stand beside new records."""
-    for name in REPORT_FILES:
-        (folder / name).unlink(missing_ok=True)
+def begin_in(folder: Path) -> None:
+    """Make the folder of a run, and remove the reports of an earlier one, which must not stand beside new records.
+
+    Raises:
+        ValueError: it cannot be a folder, as a sentence that names `--out`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in REPORT_FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {folder}, which cannot be a folder: {error.strerror}.") from error

@@ -18,6 +18,7 @@ from rich.console import Console
 from harness.dispatch.command import (
     DEFAULT_GPU,
     DEFAULT_TIMEOUT,
+    GPU_VARIABLE,
     USAGE_ERROR,
     dispatch,
     settings_for,
@@ -25,9 +26,6 @@ from harness.dispatch.command import (
 )
 from harness.dispatch.modal import cloud_for
 from reports.terminal import print_line
-
-# The default of --gpu, for those who always want another.
-GPU_VARIABLE = "V32_GPU"
 
 
 def refused(error: ValueError) -> SystemExit:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
 from reports.schema import FAILING, Status
 from reports.terminal import Progress, print_line, render
@@ -234,14 +234,9 @@ def bench(request: Request, console: Console) -> int:
     errors = Console(stderr=True)
     try:
         contest = check_request(request)
+        begin_in(request.out)
     except ValueError as error:
         print_line(errors, f"v32 bench: {one_sentence(error)}")
-        return USAGE_ERROR
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        remove_reports(request.out)
-    except OSError as error:
-        print_line(errors, f"v32 bench: --out is {request.out}, which cannot be a folder: {error.strerror}.")
         return USAGE_ERROR
     torch.set_num_threads(request.threads)
     header = _header(contest)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from reports.files import REPORT_FILES, remove_reports, write_reports
-from reports.records import RUN_FILE, read_run, run_exit_code
+from reports.files import begin_in, files_written, write_reports
+from reports.records import read_run, run_exit_code
 from reports.terminal import print_line, render
 
 from ..environment import git_state, without_paths
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 USAGE_ERROR, CANNOT = 2, 3
 DEFAULT_GPU, DEFAULT_TIMEOUT = "H100", 3600
+# The default of --gpu, for those who always want another.
+GPU_VARIABLE = "V32_GPU"
 # Of a bench on a GPU: lengths at which a GPU has work, the GPU's own dtype.
 BENCH_WORDS = ("--lengths", "2048,8192,32768", "--dtype", "bfloat16", "--against", "transformers,dense-flash")
 
@@ -42,8 +44,16 @@ class Settings:
     out: Path
 
 
-def settings_for(gpu: str, timeout: float, price: float | None, resume: bool, out: Path | None, name: str) -> Settings:
-    """Settings as they were typed, checked; `name` is that of the default folder.
+def settings_for(
+    gpu: str,
+    timeout: float,
+    price: float | None,
+    resume: bool,
+    out: Path | None,
+    name: str,
+    timeout_flag: str = "--timeout",
+) -> Settings:
+    """Settings as they were typed, checked; `name` is that of the default folder, `timeout_flag` how the limit is asked for.
 
     Raises:
         ValueError: anything that cannot be done, as one sentence that names the argument.
@@ -55,7 +65,7 @@ def settings_for(gpu: str, timeout: float, price: float | None, resume: bool, ou
             f"Modal's GPUs need the package {error.name}, which is not installed: run `pip install -e '.[modal]'`, then `modal setup`."
         ) from error
     if not 10 <= timeout <= LONGEST - MARGIN:
-        raise ValueError(f"--timeout is {timeout:g}; it must be 10 … {LONGEST - MARGIN} seconds for each shard.")
+        raise ValueError(f"{timeout_flag} is {timeout:g}; it must be 10 … {LONGEST - MARGIN} seconds for each shard.")
     if price is not None and not 0 < price < float("inf"):
         raise ValueError(f"--price is {price}; it must be US$ an hour, above 0.")
     if resume and out is None:
@@ -185,22 +195,40 @@ def _on_modal(name: str, shards: Any, settings: Settings, console: Console) -> i
     running: AbstractContextManager[Any] = cloud.app.run()
     try:
         with modal.enable_output(), running:
-            return dispatch(found, settings, cloud.place, console)
+            code = collect(found, settings, cloud.place, console)
     except modal.exception.Error as error:
         print_line(Console(stderr=True), f"v32 {name}: Modal refused: {' '.join(str(error).split())}")
         return CANNOT
+    # After Modal's own last words, so that the verdict is the last line.
+    return code or report(settings.out, console)
 
 
 def dispatch(shards: Sequence[Shard], settings: Settings, place_for: Any, console: Console) -> int:
     """Run `shards` at the place that `place_for(run name)` gives; returns the exit code of the one record they make."""
+    return collect(shards, settings, place_for, console) or report(settings.out, console)
+
+
+def report(out: Path, console: Console) -> int:
+    """Write the reports of the record in `out`, and show it; returns its exit code."""
+    records = read_run(out)
+    write_reports(out, records)
+    print_line(console, files_written(out))
+    render(records, console)
+    return run_exit_code(records)
+
+
+def collect(shards: Sequence[Shard], settings: Settings, place_for: Any, console: Console) -> int:
+    """Run `shards`, and write their one record as they end; returns `USAGE_ERROR` where it cannot be written, else 0."""
     kept = Kept(settings.out)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     try:
-        # A report of an earlier run in the same place must not stand beside new records.
-        remove_reports(settings.out)
+        begin_in(settings.out)
         place: Place = place_for(kept.begin(shards, fingerprint(), name, settings.resume))
+    except ValueError as error:
+        print_line(Console(stderr=True), str(error))
+        return USAGE_ERROR
     except OSError as error:
-        print_line(Console(stderr=True), f"--out is {settings.out}, which cannot be a folder: {error.strerror}.")
+        print_line(Console(stderr=True), f"--out is {settings.out}, which cannot be written: {error.strerror}.")
         return USAGE_ERROR
     command = tuple(without_paths(word) for word in [Path(sys.argv[0]).name, *sys.argv[1:]])
     about = About(place.name, settings.gpu, settings.timeout, settings.price, command, git_state())
@@ -218,8 +246,4 @@ def dispatch(shards: Sequence[Shard], settings: Settings, place_for: Any, consol
     except KeyboardInterrupt:
         print_line(console, "Interrupted; what has come is kept, and --resume runs the rest.")
     write_record(shards, kept, about)
-    records = read_run(settings.out)
-    write_reports(settings.out, records)
-    print_line(console, f"Records: {settings.out / RUN_FILE} · reports: {', '.join(REPORT_FILES)}")
-    render(records, console)
-    return run_exit_code(records)
+    return 0

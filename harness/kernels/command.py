@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.records import (
     JSON,
     RUN_FILE,
@@ -121,14 +121,9 @@ def kernels(request: Request, console: Console) -> int:
             return CANNOT
         try:
             jobs, problems = chosen_of(request, listing)
-            # A report of an earlier run in the same place must not stand beside new records.
-            request.out.mkdir(parents=True, exist_ok=True)
-            remove_reports(request.out)
+            begin_in(request.out)
         except ValueError as error:
             print_line(errors, f"v32 kernels: {error}")
-            return USAGE_ERROR
-        except OSError as error:
-            print_line(errors, f"v32 kernels: --out is {request.out}, which cannot be a folder: {error.strerror}.")
             return USAGE_ERROR
         command = command_line("kernels")
         header = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
 from reports.schema import Measure, NullCandidate, Status
 from reports.terminal import Progress, print_line, render
@@ -63,14 +63,9 @@ def mutants(request: Request, console: Console) -> int:
     errors = Console(stderr=True)
     try:
         chosen, without = check_request(request)
+        begin_in(request.out)
     except ValueError as error:
         print_line(errors, f"v32 mutants: {error}")
-        return USAGE_ERROR
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        remove_reports(request.out)
-    except OSError as error:
-        print_line(errors, f"v32 mutants: --out is {request.out}, which cannot be a folder: {error.strerror}.")
         return USAGE_ERROR
     command = command_line("mutants")
     header = {

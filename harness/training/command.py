@@ -20,7 +20,7 @@ import reference
 from reference import DeepseekV32Config
 from reference.checkpoint import read_config
 from reference.training import LORA_MODULES, LoraPart, add_lora, lora_parts, merge_lora
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.live import LiveTraining
 from reports.records import RecordError, read_run, run_exit_code
 from reports.strict_json import JSON
@@ -226,18 +226,13 @@ def run_training(request: Request, console: Console) -> int:
         job = job_for(request)
         _check_out(request)
         model = job.model()
+        begin_in(request.out)
     except ValueError as error:
         print_line(errors, f"v32 train: {one_sentence(error)}")
         return USAGE_ERROR
     if job.device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         # The barrier at the end of each operation costs more threads than such a model has work for.
         torch.set_num_threads(1)
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        remove_reports(request.out)
-    except OSError as error:
-        print_line(errors, f"v32 train: --out is {request.out}, which cannot be a folder: {error.strerror}.")
-        return USAGE_ERROR
     for note in _notes(job):
         print_line(console, note)
     try:

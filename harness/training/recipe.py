@@ -8,7 +8,7 @@ import transformers
 from rich.console import Console
 
 from reference import DeepseekV32Config
-from reports.files import files_written, remove_reports, write_reports
+from reports.files import begin_in, files_written, write_reports
 from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code
 from reports.terminal import Progress, print_line, render
 
@@ -42,14 +42,9 @@ def recipe(request: Request, console: Console) -> int:
         config = DeepseekV32Config.preset(request.config)
         # Refuses a vocabulary without the markers.
         Mixture(config, 0)
+        begin_in(request.out)
     except ValueError as error:
         print_line(errors, f"v32 recipe: {error}")
-        return USAGE_ERROR
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-        remove_reports(request.out)
-    except OSError as error:
-        print_line(errors, f"v32 recipe: --out is {request.out}, which cannot be a folder: {error.strerror}.")
         return USAGE_ERROR
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -107,6 +107,15 @@ def refused(capsys, *words):
         (["--subject", "nobody"], "'nobody'; available: optimized, reference"),
         (["--subject", "missing.py:factory"], "missing.py, which does not exist"),
         (["--checkpoint", "nowhere"], "'nowhere', which is not a directory"),
+        (["--on", "mars"], "--on is 'mars'; allowed are local and modal"),
+        (["--gpu", "H100"], "--gpu belongs to --on modal"),
+        (["--shard-timeout", "60"], "--shard-timeout belongs to --on modal"),
+        (["--price", "4"], "--price belongs to --on modal"),
+        (["--resume"], "--resume belongs to --on modal"),
+        (["--on", "modal", "--gpu", "H-100:2"], "--gpu is 'H-100:2'"),
+        (["--on", "modal", "--shard-timeout", "1"], "--shard-timeout is 1"),
+        (["--on", "modal", "--price", "0"], "--price is 0"),
+        (["--on", "modal", "--checks", "speed"], "'speed'"),
     ],
 )
 def test_wrong_usage_is_refused_in_one_sentence(words, named, here, capsys):

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from harness.cli import main
-from reports.files import REPORT_FILES, remove_reports, write_reports
+from reports.files import REPORT_FILES, begin_in, write_reports
 from reports.html import html
 from reports.junit import junit
 from reports.markdown import markdown
@@ -99,6 +99,6 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_sentence(record, tmp_p
 def test_reports_of_an_earlier_run_are_removed(tmp_path):
     write_reports(tmp_path, stored_run(verdicts=()))
     (tmp_path / "mine.txt").touch()
-    remove_reports(tmp_path)
-    remove_reports(tmp_path)
+    begin_in(tmp_path)
+    begin_in(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,4 +1,4 @@
-"""What the loopback tests share: a server, and `modal run` against it as a user would type it."""
+"""What the loopback tests share: a server, and commands against it as a user would type them."""
 
 import os
 import secrets
@@ -30,27 +30,27 @@ class Ended:
     text: str
 
 
-def start(server: Loopback, *words: str, **variables: str) -> subprocess.Popen:
-    """`modal run words` against the server, in a process of its own."""
+def start(server: Loopback, *words: str, program: str = "modal", **variables: str) -> subprocess.Popen:
+    """A program of this environment with `words`, against the server, in a process of its own."""
     environment = {**os.environ, **server.client_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                    "COLUMNS": "200", "HF_TOKEN": TOKEN, **variables}  # fmt: skip
     return subprocess.Popen(
-        [Path(sys.executable).with_name("modal"), "run", *words], cwd=ROOT, env=environment, text=True,
+        [Path(sys.executable).with_name(program), *words], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
         preexec_fn=hears_ctrl_c,
     )  # fmt: skip
 
 
-def run(server: Loopback, *words: str, patience: float = PATIENCE, **variables: str) -> Ended:
+def run(server: Loopback, *words: str, program: str = "modal", patience: float = PATIENCE, **variables: str) -> Ended:
     """The same, to its end."""
-    client = start(server, *words, **variables)
+    client = start(server, *words, program=program, **variables)
     try:
         text, _ = client.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         os.killpg(client.pid, signal.SIGKILL)
         text, _ = client.communicate()
         pytest.fail(
-            f"modal run {' '.join(words)} did not end in {patience:g} s; it said:\n{text}\n{''.join(server.logs)}"
+            f"{program} {' '.join(words)} did not end in {patience:g} s; it said:\n{text}\n{''.join(server.logs)}"
         )
     return Ended(client.returncode, text)
 

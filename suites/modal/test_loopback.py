@@ -37,7 +37,7 @@ def everything(server, tmp_path_factory):
     """One run of every behaviour: how the client ended, and the folder of its record."""
     out = tmp_path_factory.mktemp("everything")
     words = ("--gpu", "H200,H100", "--timeout", str(LIMIT), "--price", "3.95", "--out", str(out))
-    return run(server, "-m", "suites.modal.entry", "--behaviours", ",".join(ALL), *words), out
+    return run(server, "run", "-m", "suites.modal.entry", "--behaviours", ",".join(ALL), *words), out
 
 
 def shards(out):
@@ -171,7 +171,7 @@ def test_no_secret_is_on_the_wire_outside_its_own_message(everything, server):
 
 def test_ctrl_c_stops_the_remote_work_keeps_what_came_and_resume_runs_the_rest(server, tmp_path):
     out = tmp_path / "out"
-    words = ("-m", "suites.modal.entry", "--behaviours", "fine,once-hang", "--gpu", "none", "--out", str(out))
+    words = ("run", "-m", "suites.modal.entry", "--behaviours", "fine,once-hang", "--gpu", "none", "--out", str(out))
     kept = Kept(out)
     hanging = Shard("once-hang", "stand-in", ("once-hang",))
     client = start(server, *words)
@@ -196,7 +196,9 @@ def test_ctrl_c_stops_the_remote_work_keeps_what_came_and_resume_runs_the_rest(s
 
 def test_modals_own_time_limit_is_an_error_too(server, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "limit", 8)
-    ended = run(server, "-m", "suites.modal.entry", "--behaviours", "hang", "--gpu", "none", "--out", str(tmp_path))
+    ended = run(
+        server, "run", "-m", "suites.modal.entry", "--behaviours", "hang", "--gpu", "none", "--out", str(tmp_path)
+    )
     assert ended.code == 3
     (error,) = [verdict for verdict in read_run(tmp_path).verdicts if verdict.status is Status.ERROR]
     assert "Modal stopped its container at the time limit" in error.reason
@@ -213,15 +215,23 @@ def factory(config, state_dict, *, device, dtype):
 """
 
 
-def test_the_suites_entry_finds_a_wrong_subject(server, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "entry"),
+    [("modal", ("run", str(ROOT / "suites" / "gpu.py"))), ("v32", ("verify", "--on", "modal"))],
+    ids=["modal run", "v32 verify"],
+)
+def test_a_wrong_subject_is_found(program, entry, server, tmp_path):
     subject = tmp_path / "wrong.py"
     subject.write_text(WRONG)
     ended = run(
-        server, str(ROOT / "suites" / "gpu.py"), "--gpu", "none", "--subject", f"{subject}:factory",
-        "--checks", "parity.logits", "--dtype", "float32", "--out", str(tmp_path / "out"),
+        server, *entry, "--gpu", "none", "--subject", f"{subject}:factory", "--checks", "parity.logits",
+        "--dtype", "float32", "--out", str(tmp_path / "out"), program=program,
     )  # fmt: skip
     assert ended.code == 1, ended.text
     assert "FAILED: parity.logits" in ended.text.splitlines()[-1]
+    run_ = read_run(tmp_path / "out")
+    assert run_.header["command"].startswith(" ".join((program, *entry[:1])))
+    assert {verdict.status for verdict in run_.verdicts} == {Status.FAILED}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +243,7 @@ def test_the_suites_entry_finds_a_wrong_subject(server, tmp_path):
     ],
 )
 def test_wrong_use_is_refused_in_one_sentence(words, said, server):
-    ended = run(server, "suites/gpu.py", *words)
+    ended = run(server, "run", "suites/gpu.py", *words)
     assert ended.code == 2
     assert said in ended.text
     assert "Traceback" not in ended.text
@@ -242,8 +252,9 @@ def test_wrong_use_is_refused_in_one_sentence(words, said, server):
 @pytest.mark.slow
 def test_tiny_ends_as_it_does_locally(server, tmp_path):
     there = run(
-        server, "suites/gpu.py", "--config", "tiny", "--out", str(tmp_path / "there"), patience=5400, V32_GPU="none"
-    )
+        server, "run", "suites/gpu.py", "--config", "tiny", "--out", str(tmp_path / "there"), patience=5400,
+        V32_GPU="none",
+    )  # fmt: skip
     with pytest.raises(SystemExit) as here:
         main(["verify", "--config", "tiny", "--out", str(tmp_path / "here")])
     assert there.code == here.value.code == 0, there.text
