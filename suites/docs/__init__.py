@@ -1,0 +1,1 @@
+"""The documents: every command that they show is one, and runs."""

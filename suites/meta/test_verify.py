@@ -144,7 +144,12 @@ def test_every_check_names_its_null_candidates_and_rejects_them(name, right_verd
 def test_a_right_subject_is_verified_on_every_case(name, dtype):
     verdicts = verdicts_of(resolve_subject(name), seed=11, cases=runner.select_cases(["all"])[0], length=96, batch=2,
                            dtypes=(dtype,))  # fmt: skip
-    assert [(v.check, v.case, v.reason) for v in verdicts if v.status is not Status.VERIFIED] == []
+    # The optimized model never holds scores, so it has no operator that returns them.
+    lacks = {"optimized": "the subject does not declare index_scores:"}.get(name, "nothing")
+    others = [v for v in verdicts if v.status is not Status.VERIFIED]
+    answered = [v for v in others if v.status is Status.NOT_APPLICABLE and v.reason.startswith(lacks)]
+    assert [(v.check, v.case, v.reason) for v in others if v not in answered] == []
+    assert {v.check.partition(".")[2].startswith("index_scores") for v in answered} <= {True}
 
 
 @pytest.mark.usefixtures("shared_oracles")
