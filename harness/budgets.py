@@ -73,6 +73,15 @@ RULES: dict[tuple[str, torch.dtype], Rule] = {
         "Seeds 0-19, tiny: at most 0.86 of it used (largest entry of wq_b, with grouped experts); with factor 5 it was 1.03.",
         luck=15.0,
     ),
+    # Parts of one layer on given hidden states, choices and attention output: `python -m harness.layerwise calibrate`.
+    ("layer index scores", torch.float32): Rule(3.0, _FP32, "Seeds 0-8, tiny: at most 0.18 of it used."),
+    ("layer index scores", torch.bfloat16): Rule(3.0, _BF16, "Seeds 0-8, tiny: at most 0.28 of it used."),
+    ("layer attention", torch.float32): Rule(3.0, _FP32, "Seeds 0-8, tiny: at most 0.20 of it used."),
+    ("layer attention", torch.bfloat16): Rule(3.0, _BF16, "Seeds 0-8, tiny: at most 0.31 of it used."),
+    ("layer ffn", torch.float32): Rule(3.0, _FP32, "Seeds 0-8, tiny: at most 0.17 of it used."),
+    ("layer ffn", torch.bfloat16): Rule(3.0, _BF16, "Seeds 0-8, tiny: at most 0.28 of it used."),
+    ("layer output", torch.float32): Rule(3.0, _FP32, "Seeds 0-8, tiny: at most 0.11 of it used."),
+    ("layer output", torch.bfloat16): Rule(3.0, _BF16, "Seeds 0-8, tiny: at most 0.25 of it used."),
     # Of single operators the shares are those of the optimized, of the plain and of the tensor-core operators, in this
     # order: the last are plain PyTorch that rounds probabilities and their gradients to bf16 (suites/kernels).
     ("index_scores", torch.float32): Rule(

@@ -3,14 +3,17 @@
 A row's attention depends on no other row. So the reference's own `attend` is called on slices of the rows, with keys and
 values expanded once. Nothing trains but the indexer, and its inputs are detached: so a slice's part of the KL gradient
 is taken when the slice is there, and nothing of it is kept. A layer's frozen weights stay in the dtype that they are
-given in, and are widened while the layer runs: fp64 weights of all layers would be most of the memory.
+given in, and are widened while the layer runs, its experts one by one: fp64 weights of all layers would be most of the
+memory, and those of one layer's experts too where there are 256.
 
-Letters: B batch, L rows, S key slots, H heads, N nope dim, V v_head_dim, J indexer heads, E indexer head dim.
+Letters: B batch, L rows, S key slots, H heads, N nope dim, V v_head_dim, J indexer heads, E indexer head dim; in experts
+N tokens, M hidden_size, T chosen experts a token.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -21,6 +24,7 @@ from reference import DeepseekV32Config
 from reference import model as reference_model
 from reference.attention import Ask, DeepseekV32Attention, Found, Projected
 from reference.layout import Layout
+from reference.moe import Experts, MoE
 from reference.precision import at_least_fp32
 from reference.training import train_only_indexer
 
@@ -111,10 +115,42 @@ def _joined(founds: list[Found], part: Callable[[Found], torch.Tensor | None]) -
     return torch.cat(held, 1) if held else None
 
 
+@dataclass(frozen=True, slots=True)
+class _WidenedOneByOne:
+    """A stack of experts' weights, each in `dtype` when it is looked at."""
+
+    stack: torch.Tensor
+    dtype: torch.dtype
+
+    def unbind(self, _: int) -> "_WidenedOneByOne":
+        return self
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return self.stack[expert].to(self.dtype)
+
+
+class RowwiseExperts(Experts):
+    """The reference's experts in the dtype of their input, widened one by one."""
+
+    def forward(self, x_NM: torch.Tensor, experts_NT: torch.Tensor, weights_NT: torch.Tensor) -> torch.Tensor:
+        """As the reference's; frozen weights only."""
+        if x_NM.dtype == self.down_proj.dtype:
+            return super().forward(x_NM, experts_NT, weights_NT)
+        stacks = {name: _WidenedOneByOne(p.detach(), x_NM.dtype) for name, p in self.named_parameters()}
+        return Experts.forward(cast(Any, SimpleNamespace(**stacks)), x_NM, experts_NT, weights_NT)
+
+
+class RowwiseMoE(MoE):
+    """The reference's block with these experts."""
+
+    experts_class = RowwiseExperts
+
+
 class RowwiseDecoderLayer(reference_model.DeepseekV32DecoderLayer):
-    """The reference's block around it, computed in the dtype of its input."""
+    """The reference's block around both, computed in the dtype of its input."""
 
     attention_class = RowwiseAttention
+    moe_class = RowwiseMoE
 
     def forward(self, x_BLM: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """As the reference's."""
@@ -124,8 +160,12 @@ class RowwiseDecoderLayer(reference_model.DeepseekV32DecoderLayer):
 
 @contextmanager
 def _widened(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """`layer` with its frozen weights in `dtype`. No backward reaches them, so nothing looks at them afterwards."""
-    narrow = [(p, p.data) for p in layer.parameters() if not p.requires_grad and p.dtype != dtype]
+    """`layer` with its frozen weights, but the experts', in `dtype`. No backward reaches them, so nothing looks at them
+    afterwards."""
+    experts = {id(p) for module in layer.modules() if isinstance(module, Experts) for p in module.parameters()}
+    narrow = [
+        (p, p.data) for p in layer.parameters() if not p.requires_grad and p.dtype != dtype and id(p) not in experts
+    ]
     for parameter, data in narrow:
         parameter.data = data.to(dtype)
     try:

@@ -223,7 +223,7 @@ def judge(check: Check, bench: Bench | OperatorBench, mode: str, plan: Plan, mis
         status=status,
         dtype=str(bench.dtype).removeprefix("torch."),
         device=str(plan.device),
-        reason=answer.reason or _accepted(answer.nulls, status),
+        reason=answer.reason or why_vacuous(answer.nulls, status),
         measures=tuple(answer.measures),
         nulls=tuple(answer.nulls),
         seconds=time.perf_counter() - started,
@@ -242,7 +242,8 @@ def status_of(measures: list[Measure], nulls: list[NullCandidate]) -> Status:
     return Status.VERIFIED
 
 
-def _accepted(nulls: list[NullCandidate], status: Status) -> str:
+def why_vacuous(nulls: list[NullCandidate], status: Status) -> str:
+    """Which null candidates a vacuous check accepted, in words; empty for any other status."""
     if status is not Status.VACUOUS:
         return ""
     accepted = [f"{n.kind}{f' ({n.detail})' if n.detail else ''}" for n in nulls if not n.rejected]
