@@ -9,7 +9,7 @@ are sharded over dp and cp.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ class ParallelLayout:
             if not number.isdecimal() or int(number) < 1:
                 raise ValueError(f"layout {text!r} gives {given} the size {number!r}; it must be an integer above 0.")
             sizes[name] = int(number)
-        return cls(*(sizes.get(name, 1) for name in SIZES))
+        return cls(**cast(dict[str, Any], sizes))
 
     @property
     def world(self) -> int:

@@ -1,0 +1,69 @@
+"""Every known bug of several ranks, on two of them, against one process.
+
+arguments: names of mutants, or none for all
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from harness.mutants.catalogue.distributed import MUTANTS
+from harness.mutants.patching import patched_copy
+
+from .parity import Question, expected_of, together
+
+CP, CP_DENSE = Question("cp=2", "left-padded"), Question("cp=2", "packed", sparse=False)
+TP = Question("tp=2", disturbed=True)
+EP, DATA = Question("ep=2"), Question("fsdp=2", "left-padded")
+RIGHT = "no patch"
+# Where each shows, by its name without the entry of the catalogue.
+SHOWN_BY: dict[str, Question] = {
+    RIGHT: TP,
+    "lm-loss-as-a-mean-of-means": DATA,
+    "kl-rows-counted-locally": DATA,
+    "gradients-averaged-over-ranks": DATA,
+    "kl-too-small-by-the-ranks-of-cp": CP_DENSE,
+    "target-of-local-heads": TP,
+    "divergence-before-the-sum-over-heads": TP,
+    "sum-over-ranks-of-a-temporary": DATA,
+    "a-selection-for-each-rank-of-tp": TP,
+    "an-expert-choice-for-each-rank-of-tp": TP,
+    "positions-local-to-the-rank": CP,
+    "bounds-local-to-the-rank": CP,
+    "latents-in-the-order-of-ranks": CP,
+    "gradient-of-gathered-latents-not-summed": CP,
+    "labels-shifted-within-a-rank": CP,
+    "pads-predict-on-ranks": CP,
+    "tokens-back-in-the-order-of-experts": EP,
+    "exchanged-gradients-lost": EP,
+    "router-learns-from-local-experts": TP,
+    "q-latent-learns-from-local-heads": TP,
+    "rope-key-learns-from-local-heads": TP,
+    "norm-of-own-shards": DATA,
+}
+
+
+def short(name: str) -> str:
+    """A mutant's name without its entry."""
+    entry, _, rest = name.partition("-")
+    return rest if entry[1:].isdecimal() else name
+
+
+def prepare(arguments: list[str]) -> Any:
+    """The changed copies, imported, and one process's answers."""
+    torch.set_num_threads(1)
+    held = ExitStack()
+    copies = {}
+    chosen = {short(mutant.name): mutant.patches for mutant in MUTANTS}
+    for name, patches in {RIGHT: (), **chosen}.items():
+        if not arguments or name in arguments or name == RIGHT:
+            copies[name] = held.enter_context(patched_copy(patches)).optimized
+            __import__(f"{copies[name].__name__}.distributed")
+    return copies, expected_of(list(dict.fromkeys(SHOWN_BY[name] for name in copies))), held
+
+
+def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, float]]:
+    """How far each is from one process."""
+    copies, expected, _ = prepared
+    return {name: together(SHOWN_BY[name], expected[SHOWN_BY[name]], package) for name, package in copies.items()}
