@@ -17,7 +17,7 @@ from reference import DeepseekV32Config
 from reports.schema import Measure, NullCandidate, Status, Verdict
 
 from .cases import CASE_NAMES, Case, build_case
-from .checks import CHECKS, FAMILIES, Answer, Bench, Check, Oracle, SubjectError
+from .checks import CHECKS, FAMILIES, Answer, Bench, Check, NotExposed, Oracle, SubjectError
 from .checks.whole import changed
 from .operators import OPERATOR_CASES, OperatorBench, build_operator_case
 from .subjects import CAPABILITIES, Subject
@@ -25,10 +25,6 @@ from .subjects import CAPABILITIES, Subject
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Dense mode differs in the attention alone: a plain and a packed case show it.
 DENSE_CASES = ("text", "packed", "left-padded")
-TOO_LARGE = (
-    "gradients of all weights in fp64 do not fit beside a model of this size; only the indexer's are computed: "
-    "run a smaller config for the others"
-)
 _MODEL = frozenset({"model"})
 _MODE_NEEDS = {"sparse": _MODEL, "dense": _MODEL | {"dense-mode"}, "whole": _MODEL, "operators": frozenset[str]()}
 
@@ -202,12 +198,14 @@ def judge(check: Check, bench: Bench | OperatorBench, mode: str, plan: Plan, mis
     if missing is not None:
         status = Status.NOT_APPLICABLE
         answer = Answer([], [], f"the subject does not declare {missing}: {CAPABILITIES[missing]}")
-    elif plan.lean and check.reads_all_gradients:
-        status, answer = Status.SKIPPED, Answer([], [], TOO_LARGE)
+    elif plan.lean and check.too_large:
+        status, answer = Status.SKIPPED, Answer([], [], check.too_large)
     else:
         try:
             answer = check.run(bench)
             status = status_of(answer.measures, answer.nulls)
+        except NotExposed as error:
+            status, answer = Status.NOT_APPLICABLE, Answer([], [], str(error))
         except SubjectError as error:
             # A declared capability that breaks is the subject's failure, not the harness's.
             status, answer = Status.FAILED, Answer([], [], str(error))

@@ -1,7 +1,7 @@
 """Where two models part: errors by layer and stage of the forward, as shares of their budgets.
 
-A verdict takes part by `data["stages"]`: [{"layer": 0 …, "stage": one of `STAGES`, "error", "budget"}], measured on the
-replayed states, so that an error shows where it arises. Without that, what other checks say of a stage is used:
+A verdict takes part by `data["stages"]`: [{"layer": 0 … or null, "stage": one of `STAGES`, "error", "budget"}], measured on
+the replayed states, so that an error shows where it arises. Without that, what other checks say of a stage is used:
 `choices.keys` of the selection of each layer, the checks of operators and of the losses of a stage as a whole, and the
 parameters whose gradients are worst of the layers that they belong to.
 """
@@ -84,7 +84,7 @@ def _of_verdict(verdict: Verdict) -> list[StageError]:
         _error(verdict, item["stage"], item["layer"], _share(item["error"], item["budget"]))
         for item in _items(verdict, "stages")
         if item.get("stage") in STAGES and all(_is_number(item.get(key)) for key in ("error", "budget"))
-        and isinstance(item.get("layer"), int)
+        and isinstance(item.get("layer", ""), int | None)
     ]  # fmt: skip
     if verdict.check == "choices.keys":
         found += [

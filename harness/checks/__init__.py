@@ -8,16 +8,18 @@ from ..probes import (
     model_isolation,
     model_positions,
     model_training,
+    plug_in,
 )
 from ..probes import operators as operator_probes
-from . import choices, finite, first_layer, operators, parity, training, whole
-from .base import Answer, Bench, Check, Oracle, SubjectError
+from . import choices, finite, first_layer, operators, parity, stages, training, whole
+from .base import Answer, Bench, Check, NotExposed, Oracle, SubjectError
 
 CHECKS: list[Check] = [
     *finite.CHECKS,
     *choices.CHECKS,
     *first_layer.CHECKS,
     *parity.CHECKS,
+    *stages.CHECKS,
     *whole.CHECKS,
     *training.CHECKS,
     *operators.CHECKS,
@@ -28,8 +30,9 @@ CHECKS: list[Check] = [
     *model_choices.CHECKS,
     *model_config.CHECKS,
     *model_training.CHECKS,
+    *plug_in.CHECKS,
     *operator_probes.CHECKS,
 ]
 FAMILIES = tuple(dict.fromkeys(check.family for check in CHECKS))
 
-__all__ = ["CHECKS", "FAMILIES", "Answer", "Bench", "Check", "Oracle", "SubjectError"]
+__all__ = ["CHECKS", "FAMILIES", "Answer", "Bench", "Check", "NotExposed", "Oracle", "SubjectError"]

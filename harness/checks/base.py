@@ -33,6 +33,10 @@ class SubjectError(Exception):
     """The subject raised where its declared capabilities say that it works."""
 
 
+class NotExposed(Exception):
+    """The subject declares what a check needs, but has nothing of what it looks at; the text says what."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a check found. Verified when every measure is within its budget and every null candidate was rejected."""
@@ -202,8 +206,8 @@ class Check:
 
     Modes are "sparse" and "dense" (one forward and backward of a model), "whole" (the check builds models of its own)
     and "operators" (the bench is an `OperatorBench`). `only` narrows it to some cases and dtypes by name; empty means
-    all. `except_for` lists the pairs of case and dtype in which it could judge nothing. `reads_all_gradients`: it looks
-    at gradients of the LM loss, which a lean plan does not compute.
+    all. `except_for` lists the pairs of case and dtype in which it could judge nothing. `too_large`: why a lean plan
+    leaves it out, or "".
     """
 
     name: str
@@ -214,7 +218,7 @@ class Check:
     only_cases: frozenset[str] = frozenset()
     only_dtypes: frozenset[torch.dtype] = frozenset()
     except_for: frozenset[tuple[str, torch.dtype]] = frozenset()
-    reads_all_gradients: bool = False
+    too_large: str = ""
 
     def concerns(self, mode: str, case: str, dtype: torch.dtype) -> bool:
         """Whether this check is run at all in `mode`, on `case`, in `dtype`."""

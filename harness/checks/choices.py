@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from reference import DeepseekV32Config
 from reference.indexer import select_topk, selected_mask
 from reference.layout import Layout, build_layout
 from reports.schema import Measure, NullCandidate
@@ -91,14 +92,19 @@ def relative_topk(scores_BLS: torch.Tensor, visible_BLS: torch.Tensor, k: int, l
     return layout.to_relative(torch.where(slots < 0, -1, compact))
 
 
+def score_margin(exact_BLS: torch.Tensor, low_BLS: torch.Tensor) -> float:
+    """The margin of one layer's scores, from the reference's own error in low precision; both are −inf where invisible."""
+    off = torch.where(torch.isfinite(exact_BLS), (low_BLS.double() - exact_BLS).abs(), 0.0)
+    return MARGIN_FACTOR * float(off.max())
+
+
 def margins_and_nulls(oracle: Oracle, layout: Layout, k: int) -> tuple[list[float], dict[str, bool]]:
     """Each layer's margin, and which kinds of wrong selections are rejected in every layer."""
     generator = torch.Generator().manual_seed(oracle.case.seed)
     margins: list[float] = []
     rejected: dict[str, bool] = {}
     for exact, low in zip(oracle.seen.scores_BLS, oracle.baseline.scores_BLS, strict=True):
-        off = torch.where(torch.isfinite(exact), (low.double() - exact).abs(), 0.0)
-        margins.append(MARGIN_FACTOR * float(off.max()))
+        margins.append(score_margin(exact, low))
         for kind, candidate in wrong_selections(exact, layout, k, generator):
             judged = judge_keys(candidate, exact, layout, k, margins[-1])
             rejected[kind] = rejected.get(kind, True) and judged.wrong > 0
@@ -169,6 +175,22 @@ def expert_gaps(biased_BLX: torch.Tensor, n_group: int, topk_group: int, top: in
     return gap
 
 
+def expert_margin(biased_BLX: torch.Tensor, low_BLX: torch.Tensor, real_BL: torch.Tensor) -> float:
+    """The margin of one layer's router scores, from the reference's own error in low precision."""
+    return MARGIN_FACTOR * float((low_BLX.double() - biased_BLX)[real_BL].abs().max())
+
+
+def wrong_experts(
+    biased_BLX: torch.Tensor, exact_BLT: torch.Tensor, config: DeepseekV32Config, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Null candidates: experts that every check of them must reject."""
+    noise = torch.rand(biased_BLX.shape, generator=generator, dtype=torch.float64).to(biased_BLX)
+    yield "random experts", noise.topk(exact_BLT.shape[-1], -1).indices
+    if config.topk_group < config.n_group:
+        yield "best experts of all groups", biased_BLX.topk(exact_BLT.shape[-1], -1).indices
+    yield "the next row's experts", exact_BLT.roll(-1, 1)
+
+
 def experts(bench: Bench) -> Answer:
     """Routed experts of every MoE layer."""
     config, real = bench.case.config, bench.case.real_BL.to(bench.device)
@@ -185,20 +207,12 @@ def experts(bench: Bench) -> Answer:
             continue
         if decision.expert_indices is None:
             return Answer([Measure("layers without experts", 1.0, 0.0)], [], f"layer {i} reports no experts")
-        margin = MARGIN_FACTOR * float((low.double() - biased)[real].abs().max())
+        margin = expert_margin(biased, low, real)
         gaps = expert_gaps(biased, config.n_group, config.topk_group, config.num_experts_per_tok)
         found = judge_experts(decision.expert_indices, exact, gaps, real, margin, config.n_routed_experts)
         wrong, flips, rows = wrong + found.wrong, flips + found.flips, rows + found.rows
         first = i if found.wrong and first is None else first
-        noise = torch.rand(biased.shape, generator=generator, dtype=torch.float64).to(biased)
-        candidates = {
-            "random experts": noise.topk(exact.shape[-1], -1).indices,
-            "best experts of all groups": biased.topk(exact.shape[-1], -1).indices,
-            "the next row's experts": exact.roll(-1, 1),
-        }
-        if config.topk_group == config.n_group:
-            del candidates["best experts of all groups"]
-        for kind, candidate in candidates.items():
+        for kind, candidate in wrong_experts(biased, exact, config, generator):
             judged = judge_experts(candidate, exact, gaps, real, margin, config.n_routed_experts)
             rejected[kind] = rejected.get(kind, False) or judged.wrong > 0
     measures = [

@@ -71,9 +71,10 @@ def statuses(subject):
 def test_a_lean_run_judges_all_but_the_gradients_of_all_weights():
     found = statuses(resolve_subject("optimized"))
     skipped = {key for key, v in found.items() if v.status is Status.SKIPPED}
-    assert skipped == {("parity.lm_gradients", mode) for mode in ("sparse", "dense")}
+    assert skipped == {("parity.lm_gradients", "sparse"), ("parity.lm_gradients", "dense"), ("parity.stages", "sparse")}
     assert {v.status for key, v in found.items() if key not in skipped} == {Status.VERIFIED}
-    assert all("only the indexer's are computed" in found[key].reason for key in skipped)
+    whys = {"parity.lm_gradients": "only the indexer's are computed", "parity.stages": "activations of all stages"}
+    assert all(whys[check] in found[check, mode].reason for check, mode in skipped)
 
 
 @pytest.mark.parametrize(
@@ -112,4 +113,4 @@ def test_medium_is_verified_on_a_cpu(tmp_path):
         "kl.loss",
         "kl.gradients",
     }
-    assert {v.check for v in by_status[Status.SKIPPED]} == {"parity.lm_gradients"}
+    assert {v.check for v in by_status[Status.SKIPPED]} == {"parity.lm_gradients", "parity.stages"}
