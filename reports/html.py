@@ -17,6 +17,7 @@ _SECTIONS = (
     html_verdicts.budgets,
     html_verdicts.stages,
     html_verdicts.selection,
+    html_measured.planned,
     html_measured.training_charts,
     html_measured.proof,
     html_measured.curve_charts,

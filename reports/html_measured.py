@@ -10,6 +10,7 @@ from reports.guide import LENGTH_COLUMNS, MEMORY_COLUMNS
 from reports.guide import guide as guide_of
 from reports.kills import catalogue_cells, kills
 from reports.page import Block, Chart, Folded, Section, Table, Text
+from reports.plan import plan
 from reports.recipe import recipe
 from reports.schema import Run
 from reports.text import number, spread
@@ -28,6 +29,8 @@ _TOGETHER = (
 _MOST_CHARTS = 24
 # Steps of a curve that its table shows.
 _STEPS = 40
+# Layouts of a plan.
+_LAYOUTS = 24
 
 
 def curve_charts(run: Run) -> Section | None:
@@ -68,6 +71,16 @@ def proof(run: Run) -> Section | None:
     notes = [Text(note) for note in found.notes()]
     tables = [Table(title[0].upper() + title[1:], columns, rows) for title, columns, rows in found.tables()]
     return Section("recipe", "What the recipe is worth", [*notes, *tables])
+
+
+def planned(run: Run) -> Section | None:
+    """The tables of a run of `v32 plan`."""
+    found = plan(run)
+    if found is None:
+        return None
+    notes = [Text(note) for note in found.notes()]
+    tables = [Table(title[0].upper() + title[1:], columns, rows) for title, columns, rows in found.tables(_LAYOUTS)]
+    return Section("plan", "The plan", [*notes, *tables])
 
 
 def _curves(title: str, unit: str, found: Sequence[Curve]) -> Chart:

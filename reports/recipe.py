@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
+from reports.plan import plan
 from reports.schema import Measurement, Run
 from reports.text import number
 from reports.training import Tables, training
@@ -74,9 +75,10 @@ def recipe(run: Run) -> Recipe | None:
 
 
 def sections(run: Run, most: int) -> list[tuple[Tables, list[str]]]:
-    """Tables and notes of what a run trained: its curves at no more than `most` steps, its table of proof."""
-    curves, proof = training(run), recipe(run)
-    found = [] if curves is None else [(curves.tables(most), curves.notes())]
+    """Tables and notes of what a run plans or trained: its curves at no more than `most` steps, its table of proof."""
+    planned, curves, proof = plan(run), training(run), recipe(run)
+    found = [] if planned is None else [(planned.tables(most), planned.notes())]
+    found += [] if curves is None else [(curves.tables(most), curves.notes())]
     return found + ([] if proof is None else [(proof.tables(), proof.notes())])
 
 
