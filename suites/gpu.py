@@ -2,6 +2,7 @@
 
     modal run suites/gpu.py --config medium --gpu H200,H100 --timeout 3600
     modal run suites/gpu.py --sft
+    modal run suites/gpu.py --checkpoint deepseek-ai/DeepSeek-V3.2-Exp
     modal run suites/gpu.py --suite verify,kernels,bench --out runs/all
     modal run suites/gpu.py --suite verify,kernels,bench --out runs/all --resume
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from harness.dispatch import checkpoint as of_checkpoint
 from harness.dispatch.command import (
     DEFAULT_GPU,
     DEFAULT_TIMEOUT,
@@ -25,6 +27,7 @@ from harness.dispatch.command import (
     suite_shards,
 )
 from harness.dispatch.modal import cloud_for
+from harness.dispatch.shards import Shard
 from reports.terminal import print_line
 
 
@@ -42,12 +45,29 @@ def early(arguments: list[str]) -> tuple[str, float]:
     """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--gpu", default=os.environ.get(GPU_VARIABLE, DEFAULT_GPU))
-    parser.add_argument("--timeout", default=str(DEFAULT_TIMEOUT))
+    parser.add_argument("--timeout")
+    parser.add_argument("--checkpoint")
     found, _ = parser.parse_known_args(arguments)
+    usual = of_checkpoint.TIMEOUT if found.checkpoint else DEFAULT_TIMEOUT
     try:
-        return found.gpu, float(found.timeout)
+        return found.gpu, float(usual if found.timeout is None else found.timeout)
     except ValueError:
         raise ValueError(f"--timeout is {found.timeout!r}; it must be a number of seconds.") from None
+
+
+def walk_of(name: str, revision: str, subject: str, dtype: str, seed: int, on_gpu: bool) -> list[Shard]:
+    """The shards of a checkpoint, announced on the terminal.
+
+    Raises:
+        ValueError: anything that cannot be done.
+    """
+    # Brings torch, which a container's first process must not need.
+    from harness.layerwise.command import Request
+
+    request = Request(checkpoint=name, revision=revision or None, subject=subject, dtype=dtype, seed=seed)
+    found = of_checkpoint.checkpoint_shards(request, on_gpu)
+    print_line(Console(), of_checkpoint.announced(request, on_gpu))
+    return found
 
 
 try:
@@ -64,21 +84,27 @@ def main(
     config: str = "tiny",
     suite: str = "",
     sft: bool = False,
+    checkpoint: str = "",
+    revision: str = "",
     subject: str = "optimized",
     checks: str = "all",
     dtype: str = "auto",
     seed: int = 0,
     gpu: str = GPU,
-    timeout: float = DEFAULT_TIMEOUT,
+    timeout: float = TIMEOUT,
     price: float = 0.0,
     resume: bool = False,
     out: str = "",
 ):
-    """Run suites of --config on a GPU; without --suite and --sft that is verify."""
+    """Run suites of --config on a GPU; without --suite, --sft and --checkpoint that is verify."""
     try:
         settings = settings_for(gpu, timeout, price or None, resume, Path(out) if out else None, "gpu")
         suites = [word.strip() for word in suite.split(",") if word.strip()] + (["sft"] if sft else [])
-        shards = suite_shards(suites or ["verify"], config, subject, checks, dtype, seed, settings.gpu)
+        shards = []
+        if suites or not checkpoint:
+            shards = suite_shards(suites or ["verify"], config, subject, checks, dtype, seed, settings.gpu)
+        if checkpoint:
+            shards += walk_of(checkpoint, revision, subject, dtype, seed, bool(settings.gpu))
     except ValueError as error:
         raise refused(error) from None
     sys.exit(dispatch(shards, settings, cloud.place, Console()))

@@ -23,6 +23,7 @@ from .shards import SUITES, Shard, fingerprint, verify_shards
 
 if TYPE_CHECKING:
     from ..bench.command import Request as BenchRequest
+    from ..layerwise.command import Request as LayerwiseRequest
     from ..verify import Request as VerifyRequest
 
 USAGE_ERROR, CANNOT = 2, 3
@@ -161,6 +162,19 @@ def bench_on_modal(request: "BenchRequest", settings: Settings, console: Console
         return [Shard("bench", "bench", words, on_gpu=bool(settings.gpu), files=files)]
 
     return _on_modal("bench", shards, settings, console)
+
+
+def layerwise_on_modal(request: "LayerwiseRequest", settings: Settings, console: Console) -> int:
+    """`v32 verify --checkpoint ID --layerwise --on modal`: a download, then a walk; returns the exit code."""
+
+    def shards() -> list[Shard]:
+        from .checkpoint import announced, checkpoint_shards
+
+        found = checkpoint_shards(request, bool(settings.gpu))
+        print_line(console, announced(request, bool(settings.gpu)))
+        return found
+
+    return _on_modal("verify", shards, settings, console)
 
 
 # Fields of a request whose flag is not their name.

@@ -48,12 +48,19 @@ class _Retry:
 def fan_out(shards: Sequence[Shard], place: Place, kept: Kept, console: Console, ended: Callable[[], None]) -> None:
     """Run all `shards` at `place`, keep what comes in `kept`, and call `ended` after each one's end.
 
+    A shard that waits for another begins when that one has done its work; one whose other is not in `shards` at once.
     A KeyboardInterrupt leaves the shards to whoever can stop them: their threads are daemons.
     """
     inbox: SimpleQueue[tuple[Shard, Piece | End | _Retry]] = SimpleQueue()
     slots = Semaphore(place.at_once)
-    for shard in shards:
+
+    def start(shard: Shard) -> None:
         Thread(target=_attempts, args=(shard, place, slots, inbox), name=shard.name, daemon=True).start()
+
+    names = {shard.name for shard in shards}
+    for shard in shards:
+        if shard.after not in names:
+            start(shard)
     tickers = {shard.name: _Ticker(shard, console) for shard in shards}
     done = 0
     while done < len(shards):
@@ -65,8 +72,14 @@ def fan_out(shards: Sequence[Shard], place: Place, kept: Kept, console: Console,
             tickers[shard.name].say(f"{item.reason}; trying again")
         else:
             done += 1
-            tickers[shard.name].end(kept.finish(shard, item), f"{done} of {len(shards)}")
+            end = kept.finish(shard, item)
+            tickers[shard.name].end(end, f"{done} of {len(shards)}")
             ended()
+            for waiting in (other for other in shards if other.after == shard.name):
+                if end.problem:
+                    inbox.put((waiting, End(problem=f"it waits for {shard.name}, which did not do its work")))
+                else:
+                    start(waiting)
 
 
 def _attempts(shard: Shard, place: Place, slots: Semaphore, inbox: SimpleQueue) -> None:

@@ -20,7 +20,7 @@ from reports.text import one_line
 from ..environment import ROOT, gpus
 from .fan_out import InfrastructureError, Place
 from .local import run_shard
-from .shards import FILES, LEFT_BEHIND, PACKAGES, End, Items, Piece, Shard
+from .shards import CHECKPOINT, FILES, LEFT_BEHIND, PACKAGES, End, Items, Piece, Shard
 
 MINUTES = 60
 APP_NAME = "v32"
@@ -138,11 +138,17 @@ def in_container(shard: Shard, run_name: str, limit: float) -> Items:
     if shard.on_gpu and not received:
         modal.experimental.stop_fetching_inputs()
         raise InfrastructureError("a GPU was asked for, and the container has none")
+    if shard.after:
+        # A container that is used again would not see what another one has downloaded since.
+        volume(HUB_VOLUME).reload()
     out = Path(os.environ[RESULTS_VARIABLE]) / run_name / shard.name
     for item in run_shard(shard, out, limit):
         if isinstance(item, Piece):
             yield item
             continue
+        if shard.suite == CHECKPOINT:
+            # Before the answer, because the shard that waits for this one reads what it has downloaded.
+            volume(HUB_VOLUME).commit()
         yield replace(item, gpu=received, container=os.environ.get("MODAL_TASK_ID", ""))
         # After the answer is out, so that nothing that goes wrong here can lose it.
         if has_cuda_error(item):

@@ -11,6 +11,8 @@ from typing import TypeAlias
 from ..environment import ROOT
 
 SUITES = ("verify", "kernels", "bench", "sft")
+# What is asked for by its own flag, and reads and writes the hub's cache.
+CHECKPOINT = "checkpoint"
 # What a shard's process needs of this project, and so what a container is sent.
 PACKAGES = ("reference", "optimized", "reports", "harness", "suites")
 FILES = ("pyproject.toml", "constraints.txt", "conftest.py")
@@ -22,7 +24,8 @@ LEFT_BEHIND = ("**/__pycache__", "**/*.pyc", "**/.*")
 class Shard:
     """One command of ours: `python -m module words --out FOLDER`, with `files` (name and text) beside it.
 
-    `on_gpu` False: it asks for no GPU. `resumes`: it goes on from what an earlier attempt left in its folder.
+    `on_gpu` False: it asks for no GPU. `resumes`: it goes on from what an earlier attempt left in its folder. `after`: it
+    waits for the shard of that name, and is not run where that one did not do its work.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Shard:
     on_gpu: bool = True
     resumes: bool = False
     files: tuple[tuple[str, str], ...] = ()
+    after: str = ""
 
     @property
     def command(self) -> str:

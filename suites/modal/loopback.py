@@ -195,6 +195,9 @@ class Loopback:
     async def VolumeCommit(self, _: Any) -> Any:
         return api_pb2.VolumeCommitResponse()
 
+    async def VolumeReload(self, _: Any) -> Any:
+        return Empty()
+
     async def MountGetOrCreate(self, request: Any) -> Any:
         name = self.new("mo")
         self.mounts[name] = list(request.files)
