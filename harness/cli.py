@@ -1,5 +1,5 @@
-"""The command line: `v32 verify`, `v32 bench`, `v32 mutants`, `v32 train`, `v32 golden`, `v32 kernels`, `v32 compare`,
-`v32 report`, `v32 doctor`.
+"""The command line: `v32 verify`, `v32 bench`, `v32 mutants`, `v32 train`, `v32 golden`, `v32 kernels`, `v32 plan`,
+`v32 compare`, `v32 report`, `v32 doctor`.
 
 Exit codes, the first that applies: 2 wrong usage · 1 any check failed or vacuous · 3 any error, or nothing verified ·
 4 slower or less accurate than the baseline · 0.
@@ -270,6 +270,52 @@ def recipe(
 
     folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-recipe"
     raise typer.Exit(run_recipe(Request(config, seeds, faults, folder), Console()))
+
+
+@app.command()
+def plan(
+    config: Annotated[str, typer.Option(help="A preset: tiny, mini, bench, small, medium, v32.")] = "v32",
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences that a rank holds.")] = 1,
+    stage: Annotated[str, typer.Option(help="dense, warmup, sparse, sft.")] = "sparse",
+    attention: Annotated[str | None, typer.Option(help="dense or sparse; of stage sft, which has both.")] = None,
+    lora: Annotated[
+        str, typer.Option(help="Adapters on attention, experts, indexer, separated by commas, in place of weights.")
+    ] = "",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of weights, gradients and state: bfloat16 or float32.")] = "bfloat16",
+    gpus: Annotated[
+        str, typer.Option(help="Number and type, 8 a node: 64xH200; A100-40, A100, H100, H200, B200.")
+    ] = "8xH200",
+    parallel: Annotated[
+        str | None, typer.Option(help="One layout, such as fsdp=8,cp=8,ep=1,tp=1; default: all, the fastest first.")
+    ] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Default: in all stages but warmup.")
+    ] = None,
+    headroom: Annotated[float, typer.Option(help="Share of a GPU's memory to leave free.")] = 0.1,
+    tokens: Annotated[float | None, typer.Option(help="Tokens of the whole run; then its GPU hours are given.")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="US$ an hour of a GPU; with --tokens, what the run costs.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="A record of v32 bench on this GPU: the share of its rate that was reached.")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="Measure a small step here, against the plan's memory.")] = True,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The config of a local checkpoint directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where run.jsonl and the reports go; default nowhere.")] = None,
+) -> None:
+    """What a training step takes before it is paid for: parameters, memory, work, time, and which layout of ranks fits."""
+    from .plan.command import Request
+    from .plan.command import plan as run_plan
+
+    request = Request(
+        config=config, seq_len=seq_len, batch=batch, stage=stage, attention=attention, lora=lora, rank=rank, dtype=dtype,
+        gpus=gpus, parallel=parallel, checkpointing=checkpointing, headroom=headroom, tokens=tokens, price=price,
+        measured=measured, check=check, checkpoint=checkpoint, overrides=tuple(set_ or ()), out=out,
+    )  # fmt: skip
+    raise typer.Exit(run_plan(request, Console()))
 
 
 @app.command()
