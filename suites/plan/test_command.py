@@ -29,10 +29,8 @@ def test_a_plan_is_recorded_reported_and_shown(tmp_path):
     assert {one["layout"] for one in plan["layouts"]} == {
         "dp=2,cp=1,ep=1,tp=1", "dp=1,cp=2,ep=1,tp=1", "dp=1,cp=1,ep=2,tp=1", "dp=1,cp=1,ep=1,tp=2",
     }  # fmt: skip
-    assert (
-        sum(group["trainable"] for group in plan["parameters"])
-        == dict((group["group"], group["count"]) for group in plan["parameters"])["indexer"]
-    )
+    counts = {group["group"]: group["count"] for group in plan["parameters"]}
+    assert sum(group["trainable"] for group in plan["parameters"]) == counts["indexer"]
     for name in ("report.md", "report.html", "junit.xml", "report.json"):
         assert (tmp_path / name).is_file()
     page = html(found)
