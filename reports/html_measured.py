@@ -129,6 +129,7 @@ def kill_matrix(run: Run) -> Section | None:
     )
     blocks: list[Block] = [
         Text(description),
+        Text(found.alarm_line),
         Chart("A square for each mutant that a check fails", svg, description, table, wide=True),
     ]
     blocks.append(Folded(f"The {len(found.checks)} checks", checks))

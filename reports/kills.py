@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from reports.schema import Run
 from reports.strict_json import JSON
 
-FAMILY = "mutants"
+FAMILY, ALARMS = "mutants", "false_alarms"
 KILLED, MISSED = "●", "·"
 
 
@@ -47,6 +47,16 @@ class Kills:
 
     mutants: tuple[MutantRow, ...]
     checks: tuple[CheckRow, ...]
+    # The other number: verdicts against right subjects, of how many, on how many seeds. None where it was not asked for.
+    alarms: tuple[int, int, int] | None = None
+
+    @property
+    def alarm_line(self) -> str:
+        """What is known of false alarms, in a sentence."""
+        if self.alarms is None:
+            return "False alarms on right subjects were not counted."
+        count, verdicts, seeds = self.alarms
+        return f"False alarms on right subjects: {count} of {verdicts:,} verdicts, {seeds} seeds."
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -99,7 +109,21 @@ def kills(run: Run) -> Kills | None:
         )
         for number, name in enumerate(checks, 1)
     )
-    return Kills(tuple(mutants), rows)
+    return Kills(tuple(mutants), rows, _alarms(run))
+
+
+def _alarms(run: Run) -> tuple[int, int, int] | None:
+    found = [
+        {measure.name: measure.value for measure in verdict.measures}
+        for verdict in run.verdicts
+        if verdict.check == f"{FAMILY}.{ALARMS}"
+    ]
+    if not found:
+        return None
+    count, verdicts, seeds = (
+        int(sum(values.get(name, 0) for values in found)) for name in ("false alarms", "verdicts", "seeds")
+    )
+    return count, verdicts, seeds
 
 
 def catalogue_cells(run: Run) -> list[list[str]]:

@@ -136,7 +136,7 @@ def _kills(run: Run, rows: int) -> list[str]:
     if found is None:
         return []
     killed = len(found.mutants) - len(found.survivors)
-    parts = [f"### Kill matrix: {killed} of {len(found.mutants)} mutants killed"]
+    parts = [f"### Kill matrix: {killed} of {len(found.mutants)} mutants killed", found.alarm_line]
     lines = found.lines()
     parts.append(code_block("\n".join(lines[: rows + 1])))
     if (left := len(lines) - rows - 1) > 0:

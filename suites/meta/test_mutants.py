@@ -23,6 +23,7 @@ from harness.runner import Oracles, run
 from harness.subjects import resolve_subject
 from reference import DeepseekV32Config
 from reference.rope import rotary_factor
+from reports.html import html
 from reports.kills import catalogue_cells, kills
 from reports.markdown import markdown
 from reports.records import Run, Status, read_run
@@ -291,6 +292,15 @@ def test_the_report_shows_matrix_mutants_and_catalogue():
     assert "redundant here" in text
     assert catalogue_cells(run_) == [["A01", "m"]]
     assert kills(Run({})) is None
+    assert "False alarms on right subjects were not counted." in text
+    clean, loud = ({"a": Status.VERIFIED, "b": Status.VERIFIED}, {"a": Status.FAILED, "b": Status.VERIFIED})
+    alarms = tuple(
+        command.alarms_verdict(name, [replace(passed(**statuses), verdicts=2)], passed(**loud))
+        for name, statuses in (("optimized", clean), ("reference", loud))
+    )
+    counted = replace(run_, verdicts=(*run_.verdicts, *alarms))
+    assert "False alarms on right subjects: 1 of 4 verdicts, 2 seeds." in markdown(counted)
+    assert "False alarms on right subjects: 1 of 4 verdicts, 2 seeds." in html(counted)
 
 
 def test_records_of_mutants_hold_the_patches(tmp_path):
