@@ -8,6 +8,7 @@ and its layers may share indexers, which the reference does not do. So `glm-plug
 Letters: B batch, L rows, K chosen keys.
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ PLUGGED_CAPABILITIES = frozenset(
 
 
 DEEPSEEK, GLM = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
+MODULES = {DEEPSEEK: "deepseek_v32", GLM: "glm_moe_dsa"}
 
 
 class TapedPlugged(Taped):
@@ -82,11 +84,9 @@ def plugged_factory(class_name: str, package: Any = optimized) -> Factory:
         device: torch.device,
         dtype: torch.dtype,
     ) -> nn.Module:
-        import transformers
-
         with package.plug_into_transformers():
-            base = getattr(transformers, class_name)
-            taped: Any = type(class_name, (TapedPlugged, base), {"plug_in": package})
+            family = importlib.import_module(f"{package.__name__}.plug_in.{MODULES[class_name]}")
+            taped: Any = type(class_name, (TapedPlugged, getattr(family, class_name)), {"plug_in": package})
             model = taped(config_for(class_name, config))
         return with_weights(model, state_dict, device, dtype)
 
@@ -95,5 +95,7 @@ def plugged_factory(class_name: str, package: Any = optimized) -> Factory:
 
 def plugged(name: str, class_name: str, package: Any = optimized) -> Subject:
     """The subject called `name`: transformers' class, plugged in by `package`."""
-    overrides = {"indexer_rope_interleaved": True} if class_name == GLM else {}
-    return Subject(name, plugged_factory(class_name, package), PLUGGED_CAPABILITIES, name, overrides=overrides)
+    glm = class_name == GLM
+    capabilities = PLUGGED_CAPABILITIES | ({"shared-indexers"} if glm else set())
+    overrides = {"indexer_rope_interleaved": True} if glm else {}
+    return Subject(name, plugged_factory(class_name, package), capabilities, name, overrides=overrides)

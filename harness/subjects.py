@@ -42,7 +42,10 @@ MODEL_CAPABILITIES: dict[str, str] = {
 }
 ALL = frozenset(MODEL_CAPABILITIES)
 # What only models of transformers can declare.
-PLUG_IN = {"plug-in": "was built by transformers while plug_into_transformers of its attribute plug_in was in"}
+PLUG_IN = {
+    "plug-in": "was built by transformers while plug_into_transformers of its attribute plug_in was in",
+    "shared-indexers": "is of a class of transformers whose layers may share an indexer",
+}
 
 # The operators, in the signatures of `optimized.ops`, and what each may declare besides.
 OPERATORS: dict[str, tuple[str, ...]] = {

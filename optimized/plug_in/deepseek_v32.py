@@ -62,11 +62,11 @@ class DeepseekV32ForCausalLM(TrainableCausalLM, upstream.DeepseekV32ForCausalLM)
     _can_record_outputs = dict(upstream_base._can_record_outputs)
 
 
-BUILT_DIRECTLY: dict[Any, Any] = {
+# What a model is made of, by the name that transformers' module has for it, and the models themselves.
+PARTS: dict[str, Any] = {
+    cls.__name__: cls for cls in (DeepseekV32Indexer, DeepseekV32Attention, DeepseekV32DecoderLayer)
+}
+MODELS: dict[Any, Any] = {
     upstream.DeepseekV32Model: DeepseekV32Model,
     upstream.DeepseekV32ForCausalLM: DeepseekV32ForCausalLM,
-}
-REPLACED: dict[str, Any] = {
-    cls.__name__: cls
-    for cls in (DeepseekV32Indexer, DeepseekV32Attention, DeepseekV32DecoderLayer, *BUILT_DIRECTLY.values())
 }

@@ -73,10 +73,9 @@ class GlmMoeDsaForCausalLM(TrainableCausalLM, upstream.GlmMoeDsaForCausalLM):
     _can_record_outputs = dict(upstream_base._can_record_outputs)
 
 
-BUILT_DIRECTLY: dict[Any, Any] = {
+# What a model is made of, by the name that transformers' module has for it, and the models themselves.
+PARTS: dict[str, Any] = {cls.__name__: cls for cls in (GlmMoeDsaIndexer, GlmMoeDsaAttention, GlmMoeDsaDecoderLayer)}
+MODELS: dict[Any, Any] = {
     upstream.GlmMoeDsaModel: GlmMoeDsaModel,
     upstream.GlmMoeDsaForCausalLM: GlmMoeDsaForCausalLM,
-}
-REPLACED: dict[str, Any] = {
-    cls.__name__: cls for cls in (GlmMoeDsaIndexer, GlmMoeDsaAttention, GlmMoeDsaDecoderLayer, *BUILT_DIRECTLY.values())
 }

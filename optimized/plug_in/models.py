@@ -20,8 +20,13 @@ from .attention import Forward, WithOwnFields, check_fields
 REPLACED_ATTENTIONS = ("sdpa", "eager")
 
 
-class ReadsUpstreamSource(nn.Module):
-    """What transformers finds out about a class by reading the source of its module is asked of its own class."""
+class OfTransformers(nn.Module):
+    """A model that transformers takes for one of its own: what it reads off the module of a class, it reads off its own."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: files hold the experts one by one, as those of transformers' own classes."""
+        return False
 
     @classmethod
     def _upstream(cls) -> Any:
@@ -44,7 +49,7 @@ class IndexerLoss:
     num_rows: torch.Tensor | None = None
 
 
-class BlockwiseBackbone(ReadsUpstreamSource):
+class BlockwiseBackbone(OfTransformers):
     """Mixed in before a transformers' backbone, which has these."""
 
     config: Any
@@ -166,7 +171,7 @@ def cached_layout(
     return build_layout(batch, filled, device, attention_mask=real_BP, position_ids=count_BP.clamp_min(0))
 
 
-class TrainableCausalLM(ReadsUpstreamSource):
+class TrainableCausalLM(OfTransformers):
     """Mixed in before a transformers' causal LM."""
 
     config: Any

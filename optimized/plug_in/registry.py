@@ -1,21 +1,24 @@
 """What is replaced in transformers while the plug-in is in, and how it is put back.
 
-Three seams, in this order:
+Two seams:
 
-1. `register_patch_mapping`: `from_pretrained` and `from_config` build a model of our subclasses by it.
-2. `apply_patches`, held open: the same for every class that is called by a name of transformers' modules, so that
-   `transformers.DeepseekV32ForCausalLM(config)` and the Auto classes find our subclasses, too.
-3. For a class that the caller imported before, there is no seam. Its `__init__` is wrapped: the model that it has
-   built becomes one of our subclass, as long as it is one of the class itself.
+1. `register_patch_mapping`, for the parts of a model: layer, attention, indexer. `from_pretrained` and `from_config` build
+   with it by themselves; a constructor that is called directly does so by `apply_patches`.
+2. For the models themselves, backbone and causal LM, there is no seam: whoever imported the class holds it. So their
+   `__init__` is wrapped: what it has built becomes a model of our subclass, which has the same name.
+
+No name of transformers stays replaced between two constructions. (A name that is looked up while it is replaced can stay
+so for good: transformers' lazy modules remember what they found.)
 
 A model is what it was built as. One that was built while the plug-in was in keeps our operators after it is out, also
 when a backward recomputes its layers; one that was built before keeps transformers'.
 """
 
 import inspect
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from types import TracebackType
 from typing import Any
@@ -98,18 +101,13 @@ def check_version(version: str) -> None:
 
 def _install() -> None:
     # Here, because another version of transformers may lack what these modules import.
-    from transformers.monkey_patching import (
-        apply_patches,
-        get_patch_mapping,
-        register_patch_mapping,
-        unregister_patch_mapping,
-    )
+    from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
 
     from . import deepseek_v32, glm_moe_dsa
 
     families = (deepseek_v32, glm_moe_dsa)
-    replaced = {name: cls for family in families for name, cls in family.REPLACED.items()}
-    if taken := sorted(replaced.keys() & get_patch_mapping().keys()):
+    parts = {name: part for family in families for name, part in family.PARTS.items()}
+    if taken := sorted(parts.keys() & get_patch_mapping().keys()):
         raise ValueError(
             f"transformers' patch mapping has an entry of somebody else for {taken[0]}; unregister_patch_mapping it first."
         )
@@ -118,21 +116,28 @@ def _install() -> None:
             # Building a model under a patch mapping writes into this table of the class that all models share.
             recorded = family.upstream_base._can_record_outputs
             undo.callback(_put_back, recorded, dict(recorded))
-        register_patch_mapping(replaced)
-        undo.callback(unregister_patch_mapping, list(replaced))
-        _resolve_lazy_names(replaced)
-        undo.enter_context(apply_patches())
-        for family in families:
-            for original, ours in family.BUILT_DIRECTLY.items():
+            for name in family.PARTS:
+                # transformers leaves them replaced when a construction fails.
+                undo.callback(setattr, family.upstream, name, getattr(family.upstream, name))
+            for original, ours in family.MODELS.items():
                 undo.callback(setattr, original, "__init__", original.__init__)
                 _wrap_init(original, ours)
+        register_patch_mapping(parts)
+        undo.callback(unregister_patch_mapping, list(parts))
+        _hush_aliases(undo)
         _undo.push(undo.pop_all())
 
 
-def _resolve_lazy_names(names: dict[str, Any]) -> None:
-    """Has transformers' top-level module look `names` up, so that what is restored later is what it finds now."""
-    for name in names:
-        getattr(transformers, name, None)
+def _hush_aliases(undo: ExitStack) -> None:
+    """Keeps transformers' alias modules from importing their targets when they are asked for their names.
+
+    `apply_patches` asks every module. Versions before 5.23 have an alias for each image processor, some of which cannot
+    be imported without torchvision. None of them holds a name that is replaced.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.") and "__dir__" in (names := vars(module)):
+            undo.callback(names.__setitem__, "__dir__", names["__dir__"])
+            names["__dir__"] = list
 
 
 def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
@@ -145,9 +150,28 @@ def _wrap_init(original: type[Any], ours: type[Any]) -> None:
 
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+        with _parts_replaced(sys.modules[original.__module__]):
+            init(self, *args, **kwargs)
         if type(self) is original:
             self.__class__ = ours
 
     __init__.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
     original.__init__ = __init__
+
+
+@contextmanager
+def _parts_replaced(modeling: Any) -> Iterator[None]:
+    """The registered parts in the place of those of `modeling`, also where a construction within fails."""
+    from transformers.monkey_patching import apply_patches, get_patch_mapping
+
+    if any(getattr(modeling, name, None) is part for name, part in get_patch_mapping().items()):
+        # By from_pretrained, from_config, or the causal LM around this backbone.
+        yield
+        return
+    patches = apply_patches()
+    patches.__enter__()
+    try:
+        yield
+    finally:
+        # As if nothing had been raised: at an error, apply_patches would put nothing back.
+        patches.__exit__(None, None, None)
