@@ -8,6 +8,7 @@ from ..probes import (
     model_isolation,
     model_positions,
     model_training,
+    plug_in,
 )
 from ..probes import operators as operator_probes
 from . import choices, finite, first_layer, operators, parity, stages, training, whole
@@ -29,6 +30,7 @@ CHECKS: list[Check] = [
     *model_choices.CHECKS,
     *model_config.CHECKS,
     *model_training.CHECKS,
+    *plug_in.CHECKS,
     *operator_probes.CHECKS,
 ]
 FAMILIES = tuple(dict.fromkeys(check.family for check in CHECKS))
