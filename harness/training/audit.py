@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from reference.training import Trains, is_indexer, trainable_report
+from reference.training import Trains, is_indexer, named_tensors, trainable_report
 from reports.schema import Measure, NullCandidate, Verdict
 from reports.strict_json import JSON
 
 from ..runner import status_of
 from .gradients import Gradient, kind_of, table_group
+from .ranks import largest_values, whole
 from .stages import Stage
 
 # In the order in which one displaces the other as the answer of several steps: the last is never displaced.
@@ -27,17 +28,9 @@ COARSE = (torch.bfloat16, torch.float16)
 WHO = {"model": "all but the indexer trains", "indexer": "only the indexer trains", "all": "everything trains"}
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, then every buffer that a checkpoint holds, by name."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    every = dict(model.named_parameters(remove_duplicate=False))
-    held = model.state_dict(keep_vars=True)
-    return {**found, **{name: tensor for name, tensor in held.items() if name not in every}}
-
-
 def digest(tensor: Tensor) -> str:
-    """A digest of the tensor's bytes, dtype and shape: equal where these are, bit for bit."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    """A digest of the tensor's bytes, dtype and shape: equal where these are, bit for bit, on any number of ranks."""
+    raw = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     return hashlib.blake2b(header + raw.tobytes(), digest_size=16).hexdigest()
 
@@ -89,7 +82,7 @@ class Audit:
         named = list(model.named_parameters())
         # One call for all, because each answer of its own waits for the device.
         with_grad = [(name, p.grad) for name, p in named if p.grad is not None]
-        norms = torch._foreach_norm([grad for _, grad in with_grad], float("inf")) if with_grad else []
+        norms = largest_values([grad for _, grad in with_grad])
         largest = torch.stack([norm.float() for norm in norms]).tolist() if norms else []
         answers = {name: kind_of(value) for (name, _), value in zip(with_grad, largest, strict=True)}
         for name, _ in named:
@@ -212,7 +205,7 @@ def planted(seen: list[Seen], audit: Audit, model: nn.Module) -> list[NullCandid
 
 
 def _one_bit_flipped(tensor: Tensor) -> Tensor:
-    raw = tensor.detach().cpu().contiguous().clone().reshape(-1).view(torch.uint8)
+    raw = whole(tensor.detach()).cpu().contiguous().clone().reshape(-1).view(torch.uint8)
     raw[0] ^= 1
     return raw.view(tensor.dtype).reshape(tensor.shape)
 

@@ -6,9 +6,9 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -31,11 +31,15 @@ from ..environment import capture
 from ..runner import DTYPES
 from ..verify import SMALL, USAGE_ERROR, command_line, one_sentence
 from .data import Mixture, sources
-from .loop import MEASURE_EVERY, SAVE_EVERY, Trained, train
+from .loop import MEASURE_EVERY, SAVE_EVERY, Listener, Trained, train
+from .ranks import RankLost, connected, is_first, layout_of, on_first, own_device
 from .record import Recorder
 from .stages import STAGES, Phase, Stage, stage_for
 from .state import states
 from .tasks import SHORTEST
+
+if TYPE_CHECKING:
+    from optimized.distributed import ParallelLayout
 
 CHECKPOINT, ADAPTER = "checkpoint", "adapter"
 NOTHING_VERIFIED, INTERRUPTED = 3, 130
@@ -63,6 +67,7 @@ class Request:
     lr_indexer: float | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    parallel: str = ""
     seed: int = 0
     save_every: int = SAVE_EVERY
     measure_every: int = MEASURE_EVERY
@@ -73,7 +78,7 @@ class Request:
     def command(self, **changes: Any) -> str:
         """The command of this request, with `changes`; it names its folder."""
         asked = replace(self, **changes)
-        words = ["v32", "train", "--stage", asked.stage]
+        words = [*_program(asked.parallel), "train", "--stage", asked.stage]
         for item in fields(asked):
             value = getattr(asked, item.name)
             if item.name in ("stage", "out", "resume", "overrides") or value == item.default:
@@ -94,9 +99,12 @@ class Job:
     lora: tuple[LoraPart, ...]
     device: torch.device
     weights: Path | None
+    layout: "ParallelLayout | None" = None
 
     def model(self) -> nn.Module:
         """The model that the stage starts from: of a checkpoint, or drawn from the seed; with adapters where asked for.
+
+        With a layout it is this rank's part of it, and the process group must be running.
 
         Raises:
             ValueError: a checkpoint that is not one of this model.
@@ -110,6 +118,10 @@ class Job:
             model = model_class(self.config)
         model = model.to(self.device, dtype)
         torch.manual_seed(self.request.seed)
+        if self.layout is not None:
+            from optimized.distributed import parallelize
+
+            return parallelize(model, self.layout)
         adapted: nn.Module = add_lora(model, self.lora, rank=self.request.rank) if self.lora else model
         return adapted
 
@@ -145,7 +157,25 @@ def job_for(request: Request) -> Job:
         stage = replace(stage, bias_rate=0.0)
     # Refuses a vocabulary without the markers.
     Mixture(config, request.seed)
-    return Job(request, config, stage, lora, verify.device_of(request.device), weights)
+    layout = _layout(request, config, stage)
+    device = own_device(verify.device_of(request.device)) if layout is not None else verify.device_of(request.device)
+    return Job(request, config, stage, lora, device, weights, layout)
+
+
+def _layout(request: Request, config: DeepseekV32Config, stage: Stage) -> "ParallelLayout | None":
+    layout = layout_of(request.parallel)
+    if layout is None:
+        return None
+    for name, value, plain in (("--model", request.model, "optimized"), ("--lora", request.lora, "")):
+        if value != plain:
+            raise ValueError(f"{name} is {value!r}, which --parallel does not know; leave one of them out.")
+    layout.check(config, layout.world)
+    fewest = min(phase.batch_size for phase in stage.phases)
+    if fewest < layout.batches:
+        raise ValueError(
+            f"--batch is {fewest}; with --parallel {request.parallel} it must be {layout.batches} or more."
+        )
+    return layout
 
 
 def _start(request: Request) -> tuple[DeepseekV32Config, Path | None]:
@@ -217,16 +247,41 @@ def _lora(request: Request, stage: Stage) -> tuple[LoraPart, ...]:
     return tuple(cast(LoraPart, part) for part in dict.fromkeys(chosen))
 
 
+def _program(parallel: str) -> list[str]:
+    """What starts a command on as many ranks as `parallel` needs."""
+    if not parallel:
+        return ["v32"]
+    from optimized.distributed import ParallelLayout
+
+    return ["torchrun", "--nproc-per-node", str(ParallelLayout.parse(parallel).world), "-m", "harness.cli"]
+
+
 def run_training(request: Request, console: Console) -> int:
     """Run the request; returns the exit code. The record is written as it goes, report and checkpoint at the end."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    errors = Console(stderr=True)
+    # Of several ranks the first alone is heard, until one is lost.
+    errors = Console(stderr=True, quiet=not is_first())
+    console = console if is_first() else Console(quiet=True)
     try:
         job = job_for(request)
         _check_out(request)
+    except ValueError as error:
+        print_line(errors, f"v32 train: {one_sentence(error)}")
+        return USAGE_ERROR
+    try:
+        with connected(job.layout, job.device):
+            return _run(job, console, errors)
+    except RankLost as error:
+        print_line(Console(stderr=True), f"v32 train: {error} {_how_to_go_on(request)}")
+        return NOTHING_VERIFIED
+
+
+def _run(job: Job, console: Console, errors: Console) -> int:
+    request = job.request
+    try:
         model = job.model()
-        begin_in(request.out)
+        on_first(lambda: begin_in(request.out))
     except ValueError as error:
         print_line(errors, f"v32 train: {one_sentence(error)}")
         return USAGE_ERROR
@@ -242,7 +297,8 @@ def run_training(request: Request, console: Console) -> int:
         else:
             print_line(console, "The stage failed: no checkpoint was saved.")
     except KeyboardInterrupt:
-        _finish(request.out, console)
+        if is_first():
+            _finish(request.out, console)
         print_line(console, f"Interrupted. {_how_to_go_on(request)}")
         return INTERRUPTED
     except (ValueError, RecordError) as error:
@@ -252,7 +308,7 @@ def run_training(request: Request, console: Console) -> int:
         why = error.strerror or one_sentence(error)
         print_line(errors, f"v32 train: {request.out} cannot be written: {why.rstrip('.')}. {_how_to_go_on(request)}")
         return NOTHING_VERIFIED
-    code = _finish(request.out, console)
+    code = on_first(lambda: _finish(request.out, console))
     if trained.problem is not None:
         print_line(errors, f"v32 train: {trained.problem}")
     return code
@@ -285,8 +341,10 @@ def _trained(job: Job, model: nn.Module, console: Console) -> Trained:
     lora = {"parts": list(job.lora), "rank": request.rank} if job.lora else None
     identity: dict[str, JSON] = {"model": request.model, "dtype": request.dtype, "lora": lora}
     with ExitStack() as stack:
-        live = stack.enter_context(LiveTraining(console, job.stage.name, job.stage.steps))
-        listener = Recorder(request.out, _header(job), stack, live, request.model, request.command(resume=True))
+        listener = Listener()
+        if is_first():
+            live = stack.enter_context(LiveTraining(console, job.stage.name, job.stage.steps))
+            listener = Recorder(request.out, _header(job), stack, live, request.model, request.command(resume=True))
         return train(
             model, job.stage, Mixture(job.config, request.seed), seed=request.seed, out=request.out,
             resume=request.resume, save_every=request.save_every, measure_every=request.measure_every,
@@ -307,7 +365,12 @@ def _header(job: Job) -> Mapping[str, JSON]:
         "seed": request.seed,
         "text": {"source": "Python standard library", "sha256": sources().train_sha256},
         "weights": "random" if job.weights is None else "checkpoint",
-        "training": {"stage": job.stage.name, "steps": job.stage.steps, "lora": list(job.lora)},
+        "training": {
+            "stage": job.stage.name,
+            "steps": job.stage.steps,
+            "lora": list(job.lora),
+            **({} if job.layout is None else {"parallel": asdict(job.layout)}),
+        },
         "command": " ".join(command),
         "environment": capture(command, seeds={"weights and data": request.seed}),
     }
@@ -318,11 +381,20 @@ def _save_checkpoint(job: Job, trained: Trained, console: Console) -> None:
     out = job.request.out
     if job.lora:
         _replace_folder(out / ADAPTER, lambda folder: cast(Any, trained.model).save_pretrained(folder))
-    model = cast(Any, merge_lora(trained.model))
+    model = cast(Any, merge_lora(trained.model) if job.layout is None else _gathered(trained.model))
+    if model is None:
+        return
     # A warmed-up indexer is there to be used; after a dense stage there is none yet.
     model.config.use_sparse_attention = job.stage.sparse or job.stage.trains != "model"
     _replace_folder(out / CHECKPOINT, model.save_pretrained)
     print_line(console, f"Checkpoint: {out / CHECKPOINT}" + (f" · adapter: {out / ADAPTER}" if job.lora else ""))
+
+
+def _gathered(model: nn.Module) -> nn.Module | None:
+    """The plain model on the first rank, None on the others."""
+    from optimized.distributed import plain_model
+
+    return plain_model(cast(Any, model))
 
 
 def _replace_folder(folder: Path, save: Any) -> None:

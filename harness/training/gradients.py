@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from reference.outputs import CausalLMOutput
 from reference.training import GROUPS, parameter_group, training_loss
 from reports.schema import Measure, NullCandidate, Verdict
 from reports.strict_json import JSON
 
 from ..runner import status_of
 from .data import Batch
+from .ranks import largest_values, own_rows, ranks_of
 from .stages import Stage
 
 Gradient = Literal["none", "zero", "finite", "not finite"]
@@ -48,24 +50,49 @@ def gradient_table(model: nn.Module, stage: Stage, batch: Batch) -> dict[str, JS
     Columns: the LM loss, the KL where the stage computes it, and what the stage minimises. The model stands as it will
     train: mode set, adapters on, the rest frozen. The result is what `Verdict.data["gradient_table"]` holds.
     """
-    out = model(**model_inputs(model, stage, batch))
-    losses = {"LM loss": out.lm_loss}
-    if stage.trains != "model":
-        losses["KL"] = out.indexer_kl_loss
-    losses["what is minimised"] = training_loss(out, stage.trains, stage.kl_coef)
+    columns = ["LM loss", *(["KL"] if stage.trains != "model" else []), "what is minimised"]
     named = list(model.named_parameters())
-    training = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    training = {name: parameter for name, parameter in named if parameter.requires_grad}
     rows: dict[str, dict[str, str]] = {}
-    for column, loss in losses.items():
-        grads: Iterable[Tensor | None] = [None] * len(training)
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, [p for _, p in training], allow_unused=True, retain_graph=True)
-        answers = {name: gradient_of(grad) for (name, _), grad in zip(training, grads, strict=True)}
+    # One graph for all losses, where gradients can be asked for without a backward.
+    out = model(**model_inputs(model, stage, batch)) if ranks_of(model) is None else None
+    for column in columns:
+        if out is None:
+            answers = _answers_of_ranks(model, column, stage, batch, training)
+        else:
+            answers = _answers_of_one(_loss_called(out, column, stage), training)
         for name, _ in named:
             row, answer = rows.setdefault(table_group(name), {}), answers.get(name, "none")
             row[column] = answer if row.get(column, answer) == answer else "mixed"
     order = [name for group in GROUPS for name in (group, f"{group}, LoRA A", f"{group}, LoRA B") if name in rows]
-    return {"columns": list(losses), "rows": [{"group": group, **rows[group]} for group in order]}
+    return {"columns": columns, "rows": [{"group": group, **rows[group]} for group in order]}
+
+
+def _loss_called(out: CausalLMOutput, column: str, stage: Stage) -> Tensor:
+    losses = {"LM loss": out.lm_loss, "KL": out.indexer_kl_loss}
+    loss = losses[column] if column in losses else training_loss(out, stage.trains, stage.kl_coef)
+    assert loss is not None
+    return loss
+
+
+def _answers_of_one(loss: Tensor, training: Mapping[str, nn.Parameter]) -> dict[str, Gradient]:
+    grads: Iterable[Tensor | None] = [None] * len(training)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, list(training.values()), allow_unused=True, retain_graph=True)
+    return {name: gradient_of(grad) for name, grad in zip(training, grads, strict=True)}
+
+
+def _answers_of_ranks(
+    model: nn.Module, column: str, stage: Stage, batch: Batch, training: Mapping[str, nn.Parameter]
+) -> dict[str, Gradient]:
+    """The same by a forward and a backward for the loss: gradients of shards come out of `backward` only."""
+    loss = _loss_called(model(**model_inputs(model, stage, batch)), column, stage)
+    if loss.requires_grad:
+        loss.backward()
+    with_grad = {name: parameter.grad for name, parameter in training.items() if parameter.grad is not None}
+    largest = dict(zip(with_grad, largest_values(list(with_grad.values())), strict=True))
+    model.zero_grad(set_to_none=True)
+    return {name: kind_of(float(largest[name])) if name in largest else "none" for name in training}
 
 
 def expected_gradients(groups: Iterable[str], stage: Stage) -> dict[str, JSON]:
@@ -93,8 +120,9 @@ def expected_gradients(groups: Iterable[str], stage: Stage) -> dict[str, JSON]:
 
 
 def model_inputs(model: nn.Module, stage: Stage, batch: Batch) -> dict[str, Any]:
-    """Keyword arguments of one training forward of a stage, on the model's device."""
+    """Keyword arguments of one training forward of a stage, on the model's device; of its own rows on several ranks."""
     device = next(model.parameters()).device
+    batch = own_rows(model, batch)
     parts = {
         "input_ids": batch.input_ids_BL, "labels": batch.labels_BL, "attention_mask": batch.attention_mask_BL,
         "position_ids": batch.position_ids_BL,

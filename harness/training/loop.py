@@ -24,6 +24,7 @@ from .data import Batch, Mixture, sources
 from .gradients import judge_gradients, model_inputs
 from .metrics import measure_indexer, resident_mib
 from .optimizers import build_optimizers, set_rates
+from .ranks import clip, norm_of
 from .stages import Stage
 from .state import read_state, restore, save_state
 from .verdicts import judge_indexer, judge_losses, not_finite, not_working
@@ -230,10 +231,7 @@ def _gradient_norms(model: nn.Module) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             groups.setdefault(parameter_group(name), []).append(parameter.grad)
-    return {
-        group: float(torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(grads)])))
-        for group, grads in groups.items()
-    }
+    return {group: norm_of(grads) for group, grads in groups.items()}
 
 
 def _update(run: _Run) -> None:
@@ -241,7 +239,7 @@ def _update(run: _Run) -> None:
         for group in optimizer.param_groups:
             # Each group by itself: the LM loss must not shorten the indexer's steps, nor the KL the model's.
             if run.stage.clip is not None and any(parameter.grad is not None for parameter in group["params"]):
-                nn.utils.clip_grad_norm_(group["params"], run.stage.clip)
+                clip(group["params"], run.stage.clip)
         optimizer.step()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from reference.moe import MoE
 from reference.training import is_indexer, parameter_group
 
+from .ranks import ranks_of, total_load
 from .stages import Stage
 
 
@@ -46,9 +47,8 @@ def build_optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimiz
     optimizers: list[torch.optim.Optimizer] = []
     if matrices := found.get("matrices"):
         assert stage.lr_matrices is not None
-        optimizers.append(
-            torch.optim.Muon([_named("matrices", matrices, stage.lr_matrices)], weight_decay=stage.weight_decay)
-        )
+        groups = [_named("matrices", matrices, stage.lr_matrices)]
+        optimizers.append(_muon(model)(groups, weight_decay=stage.weight_decay))
     rates = {"rest": stage.lr, "indexer": stage.lr_indexer}
     adamw = [_named(name, found[name], rate) for name, rate in rates.items() if name in found and rate is not None]
     if adamw:
@@ -56,6 +56,14 @@ def build_optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimiz
     if stage.bias_rate:
         optimizers.append(RouterBias(model, stage.bias_rate))
     return optimizers
+
+
+def _muon(model: nn.Module) -> type[torch.optim.Muon]:
+    if ranks_of(model) is None:
+        return torch.optim.Muon
+    from optimized.distributed import ShardedMuon
+
+    return ShardedMuon
 
 
 def scale_at(stage: Stage, step: int) -> float:
@@ -81,6 +89,7 @@ class RouterBias(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
+        self._model = model
         self._blocks = [block for block in model.modules() if isinstance(block, MoE)]
         biases = [block.gate.e_score_correction_bias for block in self._blocks]
         super().__init__([{"params": biases, "name": "router bias", "base_lr": rate}], {"lr": rate})
@@ -101,7 +110,7 @@ class RouterBias(torch.optim.Optimizer):
         rate = self.param_groups[0]["lr"]
         for block in self._blocks:
             if (load_X := self._loads.get(block.experts)) is not None:
-                load_X = load_X.to(block.gate.e_score_correction_bias.dtype)
+                load_X = total_load(self._model, load_X).to(block.gate.e_score_correction_bias.dtype)
                 block.gate.e_score_correction_bias += rate * (load_X.mean() - load_X).sign()
         self._loads.clear()
 

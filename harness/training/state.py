@@ -1,8 +1,11 @@
 """Where a training run stands, on disk: written so that a process killed at any moment can be followed exactly.
 
 A state is a folder `step-00000040`: `tensors.safetensors` (weights, optimizers, random numbers) and `state.json` (step,
-identity of the run, evidence of the audit, digests of both files). It is written under another name, flushed, and
+identity of the run, evidence of the audit, digests of all files). It is written under another name, flushed, and
 renamed when it is whole. The last two are kept. Nothing is pickled.
+
+Several ranks write a folder `shards` in place of the one file, in the format of torch.distributed.checkpoint, each what
+it holds. Any number of ranks reads it again, and one process too. torch pickles its index, whose digest is checked first.
 
 The data needs no state: a batch is a function of seed and step (data.py), and so are the learning rates (optimizers.py).
 """
@@ -26,9 +29,10 @@ from torch import Tensor, nn
 from reports.strict_json import JSON
 
 from .audit import named_tensors
+from .ranks import is_first, on_first, ranks_of
 
 FOLDER = "state"
-TENSORS, FACTS = "tensors.safetensors", "state.json"
+TENSORS, SHARDS, FACTS = "tensors.safetensors", "shards", "state.json"
 KEPT = 2
 VERSION = 1
 _NAME = re.compile(r"step-(\d{8})")
@@ -41,12 +45,12 @@ class StateError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A state that was read and found whole: `step` steps are done."""
+    """A state that was read and found whole: `step` steps are done. `tensors` is None where it lies in shards."""
 
     path: Path
     step: int
     facts: dict[str, JSON]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor] | None
 
 
 def save_state(
@@ -60,30 +64,47 @@ def save_state(
     Raises:
         OSError: the folder cannot be written; the states that were there stay.
     """
-    folder = out / FOLDER
+    target = out / FOLDER / f"step-{step:08d}"
+    facts = {"version": VERSION, "step": step, "identity": dict(identity), "extra": dict(extra)}
+    partial = on_first(lambda: _new_partial(target))
+    try:
+        if ranks_of(model) is None:
+            _write_tensors(partial / TENSORS, _tensors(model, optimizers))
+        else:
+            _write_shards(partial / SHARDS, model, optimizers)
+        on_first(lambda: _complete(partial, target, facts))
+    except BaseException:
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def _new_partial(target: Path) -> Path:
+    folder = target.parent
     folder.mkdir(parents=True, exist_ok=True)
     for name in os.listdir(folder):
         # Left behind by a process that was killed while it wrote.
         if _PARTIAL.fullmatch(name):
             shutil.rmtree(folder / name)
-    target = folder / f"step-{step:08d}"
     partial = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
     partial.mkdir()
-    try:
-        _write_tensors(partial / TENSORS, _tensors(model, optimizers))
-        facts = {"version": VERSION, "step": step, "identity": dict(identity), "extra": dict(extra)}
+    return partial
+
+
+def _complete(partial: Path, target: Path, facts: dict[str, JSON]) -> None:
+    """Give a state whose tensors are written its facts and its name, then remove all but the last two."""
+    if (partial / TENSORS).exists():
         facts["tensors_sha256"] = _sha256(partial / TENSORS)
-        _write(partial / FACTS, json.dumps({**facts, "sha256": _checksum(facts)}, indent=1))
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _flush(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for _, path in states(out)[:-KEPT]:
+    else:
+        facts["shards_sha256"] = {path.name: _sha256(path) for path in sorted((partial / SHARDS).iterdir())}
+    _write(partial / FACTS, json.dumps({**facts, "sha256": _checksum(facts)}, indent=1))
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _flush(target.parent)
+    for _, path in states(target.parent.parent)[:-KEPT]:
         shutil.rmtree(path)
-    return target
 
 
 def states(out: Path) -> list[tuple[int, Path]]:
@@ -108,6 +129,9 @@ def read_state(out: Path, identity: Mapping[str, JSON]) -> State | None:
     if facts["step"] != step:
         raise StateError(_damaged(path, found, f"{FACTS} says step {facts['step']}"))
     _check_identity(path, facts["identity"], identity)
+    if "shards_sha256" in facts:
+        on_first(lambda: _check_shards(path, found, facts["shards_sha256"]))
+        return State(path, step, facts, None)
     try:
         intact = _sha256(path / TENSORS) == facts["tensors_sha256"]
         tensors = load_file(path / TENSORS) if intact else {}
@@ -125,6 +149,12 @@ def restore(state: State, model: nn.Module, optimizers: Iterable[torch.optim.Opt
         StateError: a tensor is missing, too many, or of another shape or dtype.
     """
     optimizers = list(optimizers)
+    extra: dict[str, JSON] = state.facts["extra"]
+    if state.tensors is None:
+        _restore_shards(state.path, model, optimizers)
+        return extra
+    if ranks_of(model) is not None:
+        raise StateError(f"State {state.path} was written by one process; go on with it without --parallel.")
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     for name, tensor in state.tensors.items():
         part, _, rest = name.partition(".")
@@ -134,7 +164,6 @@ def restore(state: State, model: nn.Module, optimizers: Iterable[torch.optim.Opt
     torch.set_rng_state(parts["random"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([parts["random"][f"cuda{i}"] for i in range(torch.cuda.device_count())])
-    extra: dict[str, JSON] = state.facts["extra"]
     return extra
 
 
@@ -150,6 +179,31 @@ def _tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> d
     if torch.cuda.is_available():
         found.update({f"random.cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())})
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+
+
+def _write_shards(folder: Path, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    from optimized.distributed import checkpoint_tensors, save_checkpoint
+
+    # One seed for all ranks, so that the numbers of one are those of all.
+    save_checkpoint(folder, {**checkpoint_tensors(model, optimizers), "random.cpu": torch.get_rng_state()})
+
+
+def _restore_shards(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    from optimized.distributed import load_checkpoint
+
+    try:
+        more = load_checkpoint(path / SHARDS, model, optimizers)
+    except ValueError as error:
+        raise StateError(f"State {path} does not fit: {error}") from error
+    torch.set_rng_state(more["random.cpu"])
+
+
+def _check_shards(path: Path, found: list[tuple[int, Path]], expected: Mapping[str, str]) -> None:
+    folder = path / SHARDS
+    there = {file.name: _sha256(file) for file in folder.iterdir()} if folder.is_dir() else {}
+    wrong = next((name for name in sorted(there.keys() | expected) if there.get(name) != expected.get(name)), None)
+    if wrong is not None:
+        raise StateError(_damaged(path, found, f"{SHARDS}/{wrong} does not have the bytes that {FACTS} names"))
 
 
 def _restore_model(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -41,8 +42,21 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` into `folder`, which must be empty or new; every rank calls it with the same names.
 
     The files are flushed, but the folder is not renamed: whoever wants all or nothing writes elsewhere first.
+
+    Raises:
+        OSError: on all ranks, where one of them could not write.
     """
-    dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise OSError(f"{folder} cannot be written: {_first_of(error)}") from error
+
+
+def _first_of(error: CheckpointException) -> str:
+    """What the first rank that failed said."""
+    rank, failure = min(error.failures.items())
+    # A failure is the exception with the traceback of its rank.
+    return f"rank {rank} failed with {failure[0]!r}"
 
 
 def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -97,7 +111,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: Iterable[torch.o
         place = torch.empty_like(parameter.detach(), dtype=dtype)
         wanted[label] = place if shape == parameter.shape else torch.empty(shape, dtype=dtype)
         states[int(i)].setdefault(parameter, {})[key] = wanted[label]
-    dcp.load(dict(wanted), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        dcp.load(dict(wanted), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise ValueError(f"{folder} cannot be read: {_first_of(error)}") from error
     for optimizer, found in zip(optimizers, states, strict=True):
         _restore_state(optimizer, found)
     return more

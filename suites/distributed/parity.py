@@ -1,9 +1,9 @@
 """What the ranks of a world compute, against one process: losses, gradients of every parameter, selections.
 
-Everything is in fp64, where another order of a sum is worth some 1e-16 and any other difference is far larger.
+In fp64 another order of a sum is worth some 1e-16, and any other difference is far larger. In fp32, on the operators'
+default implementation and the fp64 tape, ranks may be off as one process is, by the rule of `harness.budgets`.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from harness.budgets import RULES
 from harness.cases import build_case, calibrated_state
 from optimized import DeepseekV32Config, DeepseekV32ForCausalLM
 
@@ -37,6 +38,7 @@ class Question:
     checkpointing: bool = False
     replay: bool = False
     disturbed: bool = False
+    dtype: torch.dtype = torch.float64
 
     @property
     def name(self) -> str:
@@ -44,6 +46,7 @@ class Question:
         words = [self.layout, self.inputs, "sparse" if self.sparse else "dense"]
         words += [word for word in (self.path, self.rows if self.rows != "balanced" else None) if word]
         words += ["checkpointing"] * self.checkpointing + ["replay"] * self.replay + ["disturbed"] * self.disturbed
+        words += ["fp32"] * (self.dtype == torch.float32)
         return " ".join(words)
 
 
@@ -89,8 +92,8 @@ def model_for(question: Question, package: Any = None) -> Any:
     config.use_sparse_attention, config.indexer_kl_coef = question.sparse, KL_COEF
     model = model_class(config)
     model.load_state_dict(calibrated_state(DeepseekV32Config.preset("tiny"), 0))
-    model = model.double().train()
-    model.backend, model.attention_path = "torch", question.path
+    model = model.to(question.dtype).train()
+    model.backend, model.attention_path = "torch" if question.dtype == torch.float64 else None, question.path
     if question.checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -115,6 +118,13 @@ def alone(question: Question, decisions: Any = None) -> Answer:
         tuple(t.detach() for t in out.indexer_kl_targets), tuple(s.detach() for s in out.indexer_scores),
         out.logits.detach(), out.decisions,
     )  # fmt: skip
+
+
+def tape_of(question: Question, expected: Answer) -> Any:
+    """The choices that a question is answered on; None leaves them to the model."""
+    if question.replay:
+        return shuffled(expected.decisions)
+    return expected.decisions if question.dtype == torch.float32 else None
 
 
 def shuffled(decisions: Any) -> Any:
@@ -153,7 +163,8 @@ def together(question: Question, expected: Answer, package: Any) -> dict[str, fl
     model = package.distributed.parallelize(model_for(question, package), layout)
     mine = model.ranks.batch_rows(ROWS)
     batch = {name: x[mine] for name, x in batch_for(question.inputs).items()}
-    tape = shuffled(expected.decisions).batch(mine.start, mine.stop) if question.replay else None
+    tape = tape_of(question, expected)
+    tape = None if tape is None else tape.batch(mine.start, mine.stop)
     with disturbed(package) if question.disturbed and dist.get_rank() else nullcontext():
         out = model(**batch, **asked(question), decisions=tape)
         out.loss.backward()
@@ -218,6 +229,7 @@ def questions(ranks: int, *, all_of_them: bool) -> list[Question]:
             Question("cp=2", "left-padded"), Question("cp=2", "packed", sparse=False), Question("cp=2", "packed", path="gathered"),
             Question("tp=2", disturbed=True), Question("tp=2", "left-padded", sparse=False), Question("tp=2", "packed", path="gathered"),
             Question("ep=2", "left-padded"), Question("cp=2", "left-padded", checkpointing=True, rows="contiguous"),
+            Question("cp=2", "packed", dtype=torch.float32), Question("tp=2", "left-padded", dtype=torch.float32),
         ]  # fmt: skip
         more = [
             Question(layout, inputs, sparse, path=path)
@@ -247,7 +259,15 @@ def expected_of(asked_for: list[Question]) -> dict[Question, Answer]:
     known: dict[Question, Answer] = {}
     answers = {}
     for question in asked_for:
-        plain = replace(question, layout="", rows="balanced", checkpointing=False, replay=False, disturbed=False)
+        plain = replace(
+            question,
+            layout="",
+            rows="balanced",
+            checkpointing=False,
+            replay=False,
+            disturbed=False,
+            dtype=torch.float64,
+        )
         if plain not in known:
             known[plain] = alone(plain)
         answers[question] = known[plain]
@@ -260,6 +280,24 @@ def expected_of(asked_for: list[Question]) -> dict[Question, Answer]:
     return answers
 
 
+def fp32_budgets(question: Question, expected: Answer) -> dict[str, float]:
+    """How far ranks may be from fp64: one fp32 process's own distance by the rule of the harness's budgets."""
+    one = alone(question, tape_of(question, expected))
+    errors = {name: abs(getattr(one, field) - getattr(expected, field)) / abs(getattr(expected, field))
+              for name, field in (("loss", "loss"), ("lm loss", "lm_loss"), ("kl loss", "kl_loss"))}  # fmt: skip
+    errors["logits"] = apart(one.logits_BSW, expected.logits_BSW)
+    errors["scores"] = max(map(apart, one.scores, expected.scores))
+    errors["targets"] = max(map(apart, one.targets, expected.targets))
+    errors["gradients"] = max(apart(one.gradients[name], x) for name, x in expected.gradients.items())
+    rule = RULES["lm gradients", torch.float32]
+    return {name: rule.factor * error + rule.floor.max for name, error in errors.items()}
+
+
+def shares(question: Question, found: dict[str, float], allowed: dict[str, float] | None) -> dict[str, float]:
+    """Distances in fp64 as they are; in fp32 the share of the budget that each uses, where it has one."""
+    return found if allowed is None else {name: found[name] / budget for name, budget in allowed.items()}
+
+
 def prepare(arguments: list[str]) -> Any:
     """Import, and compute what one process answers."""
     import optimized
@@ -268,10 +306,18 @@ def prepare(arguments: list[str]) -> Any:
     torch.set_num_threads(1)
     ranks, how_many = arguments
     chosen = questions(int(ranks), all_of_them=how_many == "all")
-    return optimized, expected_of(chosen)
+    expected = expected_of(chosen)
+    return (
+        optimized,
+        expected,
+        {q: fp32_budgets(q, answer) for q, answer in expected.items() if q.dtype != torch.float64},
+    )
 
 
 def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, float]]:
     """Every question's answer."""
-    package, expected = prepared
-    return {question.name: together(question, copy.copy(answer), package) for question, answer in expected.items()}
+    package, expected, allowed = prepared
+    return {
+        question.name: shares(question, together(question, answer, package), allowed.get(question))
+        for question, answer in expected.items()
+    }

@@ -95,5 +95,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         save_checkpoint(tmp_path / name, tensors)
         with pytest.raises(ValueError, match=sentence.replace(".", r"\.")):
             load_checkpoint(tmp_path / name, model, steps.optimizers_of(model, torch.optim.Muon))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        save_checkpoint(tmp_path / "file", own)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         load_checkpoint(tmp_path / "nowhere", model)

@@ -26,8 +26,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Answ
     return answers
 
 
-def wrong(measures: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in measures.items() if not value <= EXACT}
+def wrong(name: str, measures: dict[str, float]) -> dict[str, float]:
+    # In fp32 measures are shares of a budget.
+    limit = 1.0 if name.endswith("fp32") else EXACT
+    return {measure: value for measure, value in measures.items() if not value <= limit}
 
 
 FAST = [(ranks, q.name) for ranks in (1, 2, 4) for q in questions(ranks, all_of_them=False)]
@@ -37,14 +39,14 @@ SLOW = [(ranks, q.name) for ranks in (2, 4) for q in questions(ranks, all_of_the
 @pytest.mark.parametrize(("ranks", "name"), FAST)
 def test_ranks_compute_what_one_process_does(world: Callable[[int, str], Answers], ranks: int, name: str) -> None:
     measures = world(ranks, "fast")[name]
-    assert set(measures) >= {"loss", "gradients", "selections"}
-    assert wrong(measures) == {}
+    assert set(measures) >= {"loss", "lm loss", "kl loss", "logits", "gradients"}
+    assert wrong(name, measures) == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "name"), SLOW)
 def test_every_division_of_every_input(world: Callable[[int, str], Answers], ranks: int, name: str) -> None:
-    assert wrong(world(ranks, "all")[name]) == {}
+    assert wrong(name, world(ranks, "all")[name]) == {}
 
 
 def test_a_rank_that_fails_is_reported(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""Stages of training on ranks, through the loop of `v32 train`, against one process: steps, verdicts, states.
+
+arguments: a folder for states, then pairs of a stage and a layout
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.training.data import Mixture
+from harness.training.loop import Trained, train
+from harness.training.stages import Phase, Stage, stage_for
+from harness.training.state import FOLDER
+from optimized import DeepseekV32Config
+from optimized.distributed import ParallelLayout, full_state_dict, parallelize
+
+from .parity import Question, apart, largest, model_for
+
+STEPS, SAVED_AT = 4, 2
+
+
+def stage_called(name: str) -> Stage:
+    """A stage of a few steps with everything on: ramp, clipping, Muon and router bias where the recipe has them."""
+    stage = stage_for(name, DeepseekV32Config.preset("tiny"))
+    shares = stage.phases[0].shares
+    return replace(stage, phases=(Phase(STEPS, 64, 5, shares),), ramp=2, clip=0.5)
+
+
+def run(model: Any, name: str, *, out: Path | None = None, resume: bool = False) -> Trained:
+    """The stage on `model`, with a state after every second step below `out`."""
+    mixture = Mixture(DeepseekV32Config.preset("tiny"), 0)
+    stage = stage_called(name)
+    return train(model, stage, mixture, out=out, resume=resume, save_every=SAVED_AT, measure_every=2, stop_early=False)
+
+
+def told(trained: Trained) -> list[dict[str, float]]:
+    """What each step says of the computation, but for norms."""
+    names = ("step", "lm_loss", "kl_loss", "captured")
+    return [{name: step[name] for name in names if step.get(name) is not None} for step in trained.steps]
+
+
+def norms(trained: Trained) -> list[dict[str, float]]:
+    """The gradients' norms of each step, which one process takes in fp32."""
+    return [step["gradient_norms"] for step in trained.steps]
+
+
+def distance(found: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
+    """The largest relative difference; infinite where rows do not have the same numbers."""
+    if [list(row) for row in found] != [list(row) for row in expected]:
+        return float("inf")
+    pairs = [(row[name], right[name]) for row, right in zip(found, expected, strict=True) for name in row]
+    return max(abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0 for a, b in pairs)
+
+
+def fresh(stage: str) -> Any:
+    """The plain model that every stage starts from, in fp64."""
+    return model_for(Question("", sparse=stage == "sparse"))
+
+
+def prepare(arguments: list[str]) -> Any:
+    """One process's steps, verdicts and weights, of every stage asked for."""
+    torch.set_num_threads(1)
+    _, *pairs = arguments
+    expected = {}
+    for stage in dict.fromkeys(pairs[::2]):
+        trained = run(fresh(stage), stage)
+        weights = {name: x.detach().clone() for name, x in trained.model.state_dict().items()}
+        expected[stage] = told(trained), norms(trained), [(v.check, v.status.value) for v in trained.verdicts], weights
+    return expected
+
+
+def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, Any]]:
+    """How far each stage on each layout is from one process, and a resumed run from one that was not."""
+    folder, *pairs = arguments
+    answers = {}
+    for stage, layout in zip(pairs[::2], pairs[1::2], strict=True):
+        rows, expected_norms, verdicts, weights = prepared[stage]
+        out = Path(folder) / f"{stage} {layout}"
+
+        def parallel(stage: str = stage, layout: str = layout) -> Any:
+            return parallelize(fresh(stage), ParallelLayout.parse(layout))
+
+        trained = run(parallel(), stage, out=out)
+        found = full_state_dict(trained.model)
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(out / FOLDER / f"step-{STEPS:08d}")
+        torch.distributed.barrier()
+        again = run(parallel(), stage, out=out, resume=True)
+        answers[f"{stage} {layout}"] = {
+            "rows": largest(distance(told(trained), rows)),
+            "weights": largest(max((apart(found[name], x) for name, x in weights.items()), default=0.0) if rank == 0 else 0.0),
+            "norms": largest(distance(norms(trained), expected_norms)),
+            "resumed": largest(distance(told(again) + norms(again), (told(trained)[SAVED_AT:] + norms(trained)[SAVED_AT:]))),
+            "verdicts": [(v.check, v.status.value) for v in trained.verdicts] == verdicts,
+            "statuses": sorted({v.status.value for v in trained.verdicts}),
+        }  # fmt: skip
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(out / FOLDER / f"step-{STEPS:08d}")
+    return answers
