@@ -20,8 +20,13 @@ class RMSNorm(ReferenceRMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as `x`."""
-        y: Tensor = _RmsNorm.apply(x, self.weight, self.eps)
-        return y
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+    """x · r · w in at least fp32, rounded once, to the shape and dtype of `x`."""
+    y: Tensor = _RmsNorm.apply(x, weight_M, eps)
+    return y
 
 
 class _RmsNorm(torch.autograd.Function):

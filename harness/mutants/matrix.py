@@ -21,6 +21,7 @@ from reports.schema import FAILING, Status, Verdict
 from ..cases import CASE_NAMES, calibrated_state
 from ..checks import CHECKS
 from ..operators import OPERATOR_CASES
+from ..plugged import DEEPSEEK, GLM, MODULES, plugged
 from ..runner import Oracles, Plan, run
 from ..subjects import Subject, on_backend, operator_capabilities, optimized_operators, ours, resolve_subject
 from ..verify import length_for
@@ -80,6 +81,10 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
     """The subject built from our own code with `mutant`'s patches, while the block lasts."""
     with patched_copy(mutant.patches) as copy:
         package = getattr(copy, mutant.of)
+        if any(patch.file.startswith(PLUG_IN) for patch in mutant.patches):
+            glm = any(Path(patch.file).stem == MODULES[GLM] for patch in mutant.patches)
+            yield plugged(f"mutant:{mutant.name}", GLM if glm else DEEPSEEK, package)
+            return
         operators = optimized_operators(package.ops) if mutant.of == "optimized" and _has_operators(mutant) else {}
         subject = ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
         if mutant.backend is not None:
@@ -87,6 +92,8 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
         yield only_operators(subject, mutant) if mutant.backend == "triton" else subject
 
 
+# Faults of the plug-in are tried on transformers' models.
+PLUG_IN = "optimized/plug_in/"
 # What the operators are made of.
 OPERATOR_FOLDERS = ("optimized/ops/", "optimized/native/", "optimized/kernels/")
 
@@ -131,6 +138,7 @@ def plans(subject: Subject, seed: int, without: frozenset[str], number: int | No
     With a `number` cases take turns, so that as many passes as there are cases run every one of them.
     """
     config, state = _case_of(seed)
+    config = subject.configured(config)
     checks = tuple(check for check in CHECKS if check.name not in without)
     of_dtypes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "float32": (CASES, OF_OPERATORS),
@@ -188,8 +196,12 @@ def _severity(status: Status) -> int:
     return _ORDER.index(status)
 
 
-# What a worker process keeps between passes.
-_ORACLES = Oracles()
+# What a worker process keeps between passes, by the config that a subject asks for.
+_ORACLES: dict[tuple[tuple[str, object], ...], Oracles] = {}
+
+
+def _oracles_of(subject: Subject) -> Oracles:
+    return _ORACLES.setdefault(tuple(sorted(subject.overrides.items())), Oracles())
 
 
 def start_worker() -> None:
@@ -204,7 +216,7 @@ def start_worker() -> None:
 def pass_of_mutant(name: str, without: frozenset[str] = frozenset()) -> Pass:
     """The pass of the mutant called `name`, on SEED."""
     with mutant_subject(mutant_called(name)) as subject:
-        return one_pass(subject, SEED, without, _ORACLES)
+        return one_pass(subject, SEED, without, _oracles_of(subject))
 
 
 def pass_of_unpatched(backend: str | None = None, without: frozenset[str] = frozenset()) -> Pass:
@@ -213,7 +225,7 @@ def pass_of_unpatched(backend: str | None = None, without: frozenset[str] = froz
     On the implementation `backend` of its operators: a mutant is compared with the copy that runs as it does.
     """
     with mutant_subject(Mutant("none", "", "optimized", "no patch", "", (), backend)) as subject:
-        return one_pass(subject, SEED, without, _ORACLES)
+        return one_pass(subject, SEED, without, _oracles_of(subject))
 
 
 def pass_of_right(seed: int, without: frozenset[str] = frozenset()) -> Pass:

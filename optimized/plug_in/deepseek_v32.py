@@ -11,12 +11,16 @@ import torch
 from transformers.models.deepseek_v32 import modeling_deepseek_v32
 
 from .attention import IndexerOperators, LatentAttention, LayerCall
-from .layers import LossHandingLayer
+from .layers import LossHandingLayer, WideNorm
 from .models import BlockwiseBackbone, TrainableCausalLM
 
 # Ours take the place of its classes' methods, so that nothing of their types is left to check.
 upstream: Any = modeling_deepseek_v32
 upstream_base = upstream.DeepseekV32PreTrainedModel
+
+
+class DeepseekV32RMSNorm(WideNorm, upstream.DeepseekV32RMSNorm):
+    """Rounded once."""
 
 
 class DeepseekV32Indexer(upstream.DeepseekV32Indexer, IndexerOperators):
@@ -64,7 +68,7 @@ class DeepseekV32ForCausalLM(TrainableCausalLM, upstream.DeepseekV32ForCausalLM)
 
 # What a model is made of, by the name that transformers' module has for it, and the models themselves.
 PARTS: dict[str, Any] = {
-    cls.__name__: cls for cls in (DeepseekV32Indexer, DeepseekV32Attention, DeepseekV32DecoderLayer)
+    cls.__name__: cls for cls in (DeepseekV32RMSNorm, DeepseekV32Indexer, DeepseekV32Attention, DeepseekV32DecoderLayer)
 }
 MODELS: dict[Any, Any] = {
     upstream.DeepseekV32Model: DeepseekV32Model,

@@ -12,12 +12,16 @@ import torch
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
 
 from .attention import IndexerOperators, LatentAttention, LayerCall
-from .layers import LossHandingLayer
+from .layers import LossHandingLayer, WideNorm
 from .models import BlockwiseBackbone, TrainableCausalLM
 
 # Ours take the place of its classes' methods, so that nothing of their types is left to check.
 upstream: Any = modeling_glm_moe_dsa
 upstream_base = upstream.GlmMoeDsaPreTrainedModel
+
+
+class GlmMoeDsaRMSNorm(WideNorm, upstream.GlmMoeDsaRMSNorm):
+    """Rounded once."""
 
 
 class GlmMoeDsaIndexer(upstream.GlmMoeDsaIndexer, IndexerOperators):
@@ -74,7 +78,9 @@ class GlmMoeDsaForCausalLM(TrainableCausalLM, upstream.GlmMoeDsaForCausalLM):
 
 
 # What a model is made of, by the name that transformers' module has for it, and the models themselves.
-PARTS: dict[str, Any] = {cls.__name__: cls for cls in (GlmMoeDsaIndexer, GlmMoeDsaAttention, GlmMoeDsaDecoderLayer)}
+PARTS: dict[str, Any] = {
+    cls.__name__: cls for cls in (GlmMoeDsaRMSNorm, GlmMoeDsaIndexer, GlmMoeDsaAttention, GlmMoeDsaDecoderLayer)
+}
 MODELS: dict[Any, Any] = {
     upstream.GlmMoeDsaModel: GlmMoeDsaModel,
     upstream.GlmMoeDsaForCausalLM: GlmMoeDsaForCausalLM,

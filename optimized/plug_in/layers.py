@@ -1,4 +1,4 @@
-"""The decoder layer of transformers' models, which hands the indexer's loss out beside its hidden states.
+"""Norms and decoder layer of transformers' models; the layer hands the indexer's loss out beside its hidden states.
 
 A layer's loss must be an output of the function that gradient checkpointing recomputes: what leaves it another way has
 no gradient under reentrant checkpointing. So `forward`, which is recomputed, answers with one element more than
@@ -13,8 +13,20 @@ import torch
 from torch import nn
 
 from optimized.model import Selection
+from optimized.norm import rms_norm
 
 from .attention import Forward, LayerCall
+
+
+class WideNorm(nn.Module):
+    """Mixed in before a transformers' RMSNorm, which rounds to x's dtype before it multiplies by the weight, and after."""
+
+    weight: torch.Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Same shape and dtype as `hidden_states`, rounded once."""
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
 class LossHandingLayer(nn.Module):

@@ -1,7 +1,7 @@
 """The mutants, by what they break."""
 
 from ..mutant import Mutant
-from . import fused, generic, indexer, kernels, losses, model, selection
+from . import fused, generic, indexer, kernels, losses, model, plug_in, selection
 
 MUTANTS: tuple[Mutant, ...] = (
     *indexer.MUTANTS,
@@ -10,6 +10,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *fused.MUTANTS,
     *losses.MUTANTS,
     *model.MUTANTS,
+    *plug_in.MUTANTS,
     *generic.MUTANTS,
 )
 
