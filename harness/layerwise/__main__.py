@@ -3,6 +3,7 @@
 `v32 verify --checkpoint ID --layerwise` is both of them here and now. `calibrate` prints what budgets.py has from it.
 """
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,21 +14,25 @@ from rich.console import Console
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 Checkpoint = Annotated[str, typer.Argument(help="A folder, or a name on the hub.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Out = Annotated[Path | None, typer.Option(help="Where the record goes; default runs/<time>-COMMAND.")]
+
+
+def _folder(name: str) -> Path:
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 @app.command()
-def download(checkpoint: Checkpoint, out: Annotated[Path, typer.Option()], revision: Revision = None) -> None:
+def download(checkpoint: Checkpoint, revision: Revision = None, out: Out = None) -> None:
     """Fetch what is missing of a checkpoint into the hub's cache."""
     from .download import Request
     from .download import download as run_download
 
-    raise typer.Exit(run_download(Request(checkpoint, revision, out), Console()))
+    raise typer.Exit(run_download(Request(checkpoint, revision, out or _folder("download")), Console()))
 
 
 @app.command()
 def walk(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option()],
     revision: Revision = None,
     subject: str = "optimized",
     seq_len: int | None = None,
@@ -39,13 +44,14 @@ def walk(
     until: int | None = None,
     downloaded: Annotated[bool, typer.Option("--downloaded")] = False,
     resume: Annotated[bool, typer.Option("--resume")] = False,
+    out: Out = None,
 ) -> None:
     """Compare a subject with the reference, layer by layer."""
     from .command import Request, verify_layers
 
     request = Request(
         checkpoint=checkpoint, revision=revision, subject=subject, seq_len=seq_len, batch=batch, device=device,
-        dtype=dtype, backend=backend, seed=seed, until=until, downloaded=downloaded, resume=resume, out=out,
+        dtype=dtype, backend=backend, seed=seed, until=until, downloaded=downloaded, resume=resume, out=out or _folder("layers"),
     )  # fmt: skip
     raise typer.Exit(verify_layers(request, Console()))
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from rich.console import Console
 from optimized import implementations
 from reference import DeepseekV32Config
 from reports.files import begin_in, files_written, write_reports
-from reports.records import JSON, Measurement, RecordError, RunWriter, read_run, run_exit_code
+from reports.records import JSON, RUN_FILE, Measurement, RecordError, RunWriter, read_run, run_exit_code
 from reports.terminal import Progress, print_line, render
 from reports.text import duration
 
@@ -70,7 +71,7 @@ class Request:
 
     def command(self, until: int) -> str:
         """The command that walks as far as layer `until`, that one left out."""
-        words = ["v32", "verify", "--layerwise", "--checkpoint", without_paths(self.checkpoint)]
+        words = ["python", "-m", "harness.layerwise", "walk", without_paths(self.checkpoint)]
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name in ("checkpoint", "until", "downloaded", "resume", "out") or value == item.default:
@@ -195,7 +196,9 @@ def verify_layers(request: Request, console: Console) -> int:
         _finish(request.out, console)
         print_line(errors, f"v32 verify: {one_sentence(error)} {_how_to_go_on(request)}")
         return NOTHING_VERIFIED
-    except (ValueError, RecordError) as error:
+    except ValueError as error:
+        if not isinstance(error, RecordError) and (request.out / RUN_FILE).exists():
+            _finish(request.out, console)
         print_line(errors, f"v32 verify: {one_sentence(error)}")
         return USAGE_ERROR
     except OSError as error:
@@ -217,7 +220,6 @@ def _walked(job: Job, state: State | None, console: Console) -> None:
     out, walk = job.request.out, job.walk
     done = 0 if state is None else min(state.layer, job.layers)
     before = read_before(out, done) if done else None
-    x_BLM = walk.embedded(job.ids_BL) if state is None else state.x_BLM.to(walk.files.device)
     with ExitStack() as stack:
         writer = stack.enter_context(open_record(out, _header(job), done))
         if before is not None:
@@ -227,6 +229,7 @@ def _walked(job: Job, state: State | None, console: Console) -> None:
             )
         steps = sum(len(stages_of(walk.config, layer)) for layer in range(done, job.layers))
         shown = stack.enter_context(Progress(console, total=steps))
+        x_BLM = walk.embedded(job.ids_BL) if state is None else state.x_BLM.to(walk.files.device)
         started = time.perf_counter()
         for layer in range(done, job.layers):
             x_BLM = _one(job, layer, x_BLM, writer, shown)
@@ -270,7 +273,7 @@ def _losses(job: Job, x_BLM: torch.Tensor) -> Iterator[Measurement]:
 
 
 def _header(job: Job) -> Mapping[str, JSON]:
-    request, walk, command = job.request, job.walk, command_line("verify")
+    request, walk, command = job.request, job.walk, typed()
     config, device = walk.config, walk.files.device
     name = _named(job.source)
     made_of = implementations(
@@ -298,6 +301,12 @@ def _header(job: Job) -> Mapping[str, JSON]:
         "command": without_paths(" ".join(command)),
         "environment": capture(command, seeds={"text": request.seed}),
     }  # fmt: skip
+
+
+def typed() -> list[str]:
+    """The command as it was typed, of the command line or of this package."""
+    own = Path(sys.argv[0]).parent.name == "layerwise"
+    return ["python", "-m", "harness.layerwise", *sys.argv[1:]] if own else command_line("verify")
 
 
 def _named(source: Source) -> str:

@@ -12,7 +12,8 @@ from reports.records import RUN_FILE, RunWriter
 from reports.terminal import print_line
 
 from ..environment import capture
-from ..verify import USAGE_ERROR, command_line, one_sentence
+from ..verify import USAGE_ERROR, one_sentence
+from .command import typed
 from .layer import LayerFiles
 from .source import Missing, gigabytes, locate
 
@@ -49,7 +50,7 @@ def download(request: Request, console: Console) -> int:
     except ValueError as error:
         print_line(Console(stderr=True), f"{one_sentence(error)}")
         return USAGE_ERROR
-    command = command_line("verify")
+    command = typed()
     seconds = round(time.monotonic() - started, 3)
     with RunWriter(request.out / RUN_FILE, {"environment": capture(command)}) as writer:
         writer.event(

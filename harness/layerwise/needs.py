@@ -29,7 +29,7 @@ from .layer import LayerFiles, one_layer
 from .source import gigabytes
 
 # Python with torch, and the tables of what is where.
-_PROCESS_BYTES = 2 << 30
+PROCESS_BYTES = 2 << 30
 # Tensors of [B, L, S] and of [B, L, M] in fp64 that stand at the same time while a stage is judged.
 _JUDGED_AT_ONCE = 8
 # Of matrices for the rate of products: large enough for a rate, small enough for a slow core.
@@ -103,7 +103,7 @@ def needs_of(
     on_gpu = device == "cuda"
     return Needs(
         disk_bytes, missing_bytes, read_bytes, layers, most * dtype.itemsize,
-        host_bytes=_PROCESS_BYTES + (table * dtype.itemsize if on_gpu else memory),
+        host_bytes=PROCESS_BYTES + (table * dtype.itemsize if on_gpu else memory),
         device_bytes=memory if on_gpu else 0, flop=5 * once, seconds=seconds,
     )  # fmt: skip
 

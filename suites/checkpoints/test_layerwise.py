@@ -1,6 +1,7 @@
 """A checkpoint checked layer by layer: right ones verify, a fault is named by its layer and stage, a walk goes on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from reference import DeepseekV32Config
 from reports.records import Status, read_run
 from reports.stages import first_beyond, stage_errors
 
+ROOT = Path(__file__).parents[2]
 SEED = 3
 LAYERS = 3
 # Layer 0 of `tiny` has a dense FFN.
@@ -102,15 +104,25 @@ def test_the_hidden_states_and_the_loss_are_those_of_the_whole_model(checkpoint,
     walk(checkpoint, tmp_path, dtype="float32", batch=2)
     run = read_run(tmp_path)
     length = run.header["seq_len"]
+    uniform = math.log(320)
     model = reference.DeepseekV32ForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
     ids = text_batch(2, length, 0)
     with torch.no_grad():
         out = model(ids, labels=ids, output_hidden_states=True)
     (loss,) = [measurement.samples[0] for measurement in run.measurements if measurement.name == "lm loss"]
     assert loss == pytest.approx(float(out.lm_loss), rel=1e-4)
+    assert loss > uniform
     seen = [event.data["hidden_rms"] for event in run.events if event.kind == "layer"]
     expected = [float(x.square().mean().sqrt()) for x in out.hidden_states[1:LAYERS]]
     assert seen[:-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_trained_weights_are_verified_too_and_know_the_text(tmp_path):
+    assert walk(ROOT / "harness" / "training" / "mini", tmp_path) == 0
+    (loss,) = read_run(tmp_path).measurements
+    assert loss.data["loss_means"]
+    assert loss.data["uniform"] == pytest.approx(math.log(320))
+    assert loss.samples[0] < 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)
