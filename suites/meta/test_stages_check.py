@@ -6,14 +6,14 @@ import torch
 from harness.cases import build_case
 from harness.checks.choices import layout_of
 from harness.checks.stages import turned_since_the_start
-from harness.replayed import IN_LAYERS, Point
+from harness.replayed import IN_LAYERS, POINTS, Point
 from harness.runner import Oracles, run
 from harness.subjects import ALL, Subject, resolve_subject
 from reference import DeepseekV32Config
 from reference.rope import RotaryTable
 from reports.records import Run, Status
 from reports.stages import first_beyond, stage_errors
-from suites.meta.test_verify import Silent, plan_of
+from suites.meta.test_verify import ROOT, Silent, plan_of
 
 GAIN = 1.04
 # Where each bug of the catalogue sits: layer, None outside the layers, and stage.
@@ -222,6 +222,13 @@ def test_a_module_of_another_shape_is_left_out():
     assert verdict.data["left_out"][0].startswith(
         "index keys before their norm of layer 2 (self_attn.indexer.wk gives a tensor of shape"
     )
+
+
+def test_the_guide_for_subjects_names_every_module_that_is_looked_at():
+    guide = (ROOT / "docs/subjects.md").read_text("utf-8")
+    for point in POINTS.values():
+        name = point.path.removeprefix("self_attn.") or "model.layers.N"
+        assert f"`{name}`" in guide, point
 
 
 @pytest.mark.parametrize("case", ["left-padded", "packed"])
