@@ -21,7 +21,7 @@ Bytes = Mapping[str, int]
 # Inputs of matrix products, which autograd keeps for the gradients of weights and of nothing else.
 INPUTS = (
     "attention output", "normed latent", "FFN's normed input", "product", "shared product", "experts' inputs",
-    "last normed output",
+    "received inputs", "last normed output",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def attention(step: Step) -> Block:
     if step.kl:
         gradients = {
             "gradient of index queries": index_q * WIDE,
-            "gradient of index keys": s * padded(c.index_head_dim, step.backend) * WIDE,
+            "gradient of index keys": s * padded(c.index_head_dim, step.kl_backend) * WIDE,
             "gradient of head weights": n * c.index_n_heads * WIDE,
         }  # fmt: skip
         kept |= {"index key before its norm": n * c.index_head_dim * WIDE, **gradients}
@@ -164,12 +164,17 @@ def experts(step: Step) -> Block:
             if step.trains != "indexer":
                 kept["normed input, wide"] = hidden * WIDE
             kept["gate's weight, wide"] = c.n_routed_experts * c.hidden_size * WIDE
-        if step.linear == "blas" or step.layout.expert_parts > 1:
+        if step.linear == "blas":
             kept["experts' inputs"] = routed * a
+        if step.layout.expert_parts > 1:
+            # Pairs come from other ranks, and their outputs go back before they are weighed.
+            kept |= {"received inputs": routed * a, "sent outputs": routed * WIDE}
     # Outputs by expert, and weighed; where nothing is recorded what would be kept is alive too.
     forward = 2 * hidden * a + routed * a + top * c.hidden_size * WIDE + hidden * WIDE
     if a < WIDE:
         forward += top * c.hidden_size * a
+    if step.layout.expert_parts > 1:
+        forward += routed * a + top * c.hidden_size * a
     if not step.graph:
         forward += 2 * hidden * a + top * c.hidden_size * WIDE + inner * a
         forward = max(forward, 4 * hidden * a + routed * a + 4 * inner * WIDE)

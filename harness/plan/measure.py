@@ -4,6 +4,7 @@ torch's profiler sees each allocation with its size, those inside of operators, 
 among them. Not seen is what is no tensor: code, threads, small buffers of the native operators.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Measured:
 
 def peak_of(run: Callable[[], Any]) -> int:
     """The most bytes that were allocated at once during `run`, beyond those before it."""
+    # What is collected during the run would count as set free by it.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

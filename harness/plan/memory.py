@@ -18,7 +18,6 @@ from .step import INT32, WIDE, Step
 # AdamW keeps two moments, Muon one, each in the parameter's dtype.
 MOMENTS = {"adamw": 2, "muon": 1}
 MUON_GROUPS = ("attention", "FFN, shared experts")
-PREFETCHED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +78,23 @@ def _update(step: Step, trained: Sequence[Parameter], held: dict[int, int]) -> i
 
 
 def _communication(step: Step) -> int:
-    """FSDP2's buffers: two layers' weights gathered, one layer's gradients before they are reduced, in fp32 below it."""
-    if step.layout.data == 1:
+    """FSDP2's buffers beside the shards: weights of the layer at work and of the next, gradients on their way.
+
+    In the forward the gathered buffer, its copy by parameter, and the next layer's buffer; in the backward two of them and
+    a layer's gradients whole, with a copy in fp32 where the dtype is lower. Without ranks to gather from one less. Experts
+    that are cut and not sharded have none.
+    """
+    if step.layout.world == 1:
         return 0
     layers: dict[int, list[Parameter]] = {}
     for parameter in step.parameters:
-        if parameter.layer is not None:
+        if parameter.layer is not None and (step.sharding(parameter) > 1 or not parameter.is_expert):
             layers.setdefault(parameter.layer, []).append(parameter)
-    sharded = [[p for p in found if step.sharding(p) > 1] for found in layers.values()]
-    gathered = max(sum(step.whole(p) for p in found) for found in sharded) * step.itemsize
-    reduced = max(sum(step.whole(p) for p in found if p.trains) for found in sharded)
-    return PREFETCHED * gathered + reduced * (step.itemsize + (WIDE if step.itemsize < WIDE else 0))
+    gathered = max(sum(map(step.whole, found)) for found in layers.values()) * step.itemsize
+    trained = max(sum(step.whole(p) for p in found if p.trains) for found in layers.values())
+    reduced = trained * (step.itemsize + (WIDE if step.itemsize < WIDE else 0))
+    copies = 2 if step.layout.data > 1 else 1
+    return max((copies + 1) * gathered, copies * gathered + reduced)
 
 
 class _Walk:

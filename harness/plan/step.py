@@ -85,6 +85,11 @@ class Step:
         return self.trains != "model"
 
     @property
+    def kl_backend(self) -> str:
+        """What computes that loss: with heads on several ranks the one implementation that adds their p up."""
+        return self.backend if self.layout.tp == 1 else "torch"
+
+    @property
     def graph(self) -> bool:
         """Whether autograd records the model itself, and not the indexer's part alone.
 

@@ -85,10 +85,10 @@ def kl_workspace(step: Step) -> int:
     h, key, _ = _sizes(step)
     selected = step.path == "gathered"
     index = c.index_n_heads * c.index_head_dim
-    if step.backend == "native":
+    if step.kl_backend == "native":
         return 0 if a == WIDE else (n * (index + h * key) + s * (1 if selected else h) * key) * WIDE
     visited = step.selected if selected else step.length
-    if step.backend == "triton":
+    if step.kl_backend == "triton":
         per_row = 4 * (step.selected * c.index_head_dim if selected else step.length)
         rows = max(1, min(SCORE_ROWS, SCORE_BYTES // max(1, per_row), n // step.batch))
         shares = rows * step.selected * c.index_head_dim * a if selected else 0
