@@ -218,7 +218,6 @@ def test_another_run_is_not_gone_on_with(checkpoint, tmp_path, capsys):
         ({"until": 0}, "--until is 0"),
         ({"seq_len": 4}, "--seq-len is 4"),
         ({"batch": 0}, "--batch is 0"),
-        ({"subject": "transformers"}, "does not declare tape"),
         ({"revision": "main"}, "is a folder, which has no revisions"),
         ({"backend": "fast"}, "fast"),
     ],
