@@ -15,6 +15,7 @@ from torch import nn
 from reference.layout import Layout, build_layout
 
 from .attention import Forward, WithOwnFields, check_fields
+from .layers import LossHandingLayer
 
 # The attention implementations of transformers that stand for "no special one"; ours takes the place of both.
 REPLACED_ATTENTIONS = ("sdpa", "eager")
@@ -27,6 +28,14 @@ class OfTransformers(nn.Module):
     def is_custom_code(cls) -> bool:
         """False: files hold the experts one by one, as those of transformers' own classes."""
         return False
+
+    @staticmethod
+    def _check_parts(model: nn.Module, part: nn.Module, ours: type[nn.Module]) -> None:
+        if not isinstance(part, ours):
+            raise RuntimeError(
+                f"{type(model).__name__} is a class of plug_into_transformers, which is not in: its parts would be "
+                "transformers' own; build the model while it is in."
+            )
 
     @classmethod
     def _upstream(cls) -> Any:
@@ -56,6 +65,10 @@ class BlockwiseBackbone(OfTransformers):
     embed_tokens: Any
     rotary_emb: Any
     layers: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._check_parts(self, self.layers[0], LossHandingLayer)
 
     def forward(
         self,
@@ -175,6 +188,11 @@ class TrainableCausalLM(OfTransformers):
     """Mixed in before a transformers' causal LM."""
 
     config: Any
+    model: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._check_parts(self, self.model, BlockwiseBackbone)
 
     def forward(
         self,

@@ -101,7 +101,7 @@ def check_version(version: str) -> None:
 
 def _install() -> None:
     # Here, because another version of transformers may lack what these modules import.
-    from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
+    from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
 
     from . import deepseek_v32, glm_moe_dsa
 
@@ -123,7 +123,7 @@ def _install() -> None:
                 undo.callback(setattr, original, "__init__", original.__init__)
                 _wrap_init(original, ours)
         register_patch_mapping(parts)
-        undo.callback(unregister_patch_mapping, list(parts))
+        undo.callback(_unregister, parts)
         _hush_aliases(undo)
         _undo.push(undo.pop_all())
 
@@ -138,6 +138,13 @@ def _hush_aliases(undo: ExitStack) -> None:
         if name.startswith("transformers.") and "__dir__" in (names := vars(module)):
             undo.callback(names.__setitem__, "__dir__", names["__dir__"])
             names["__dir__"] = list
+
+
+def _unregister(parts: dict[str, Any]) -> None:
+    """Takes our entries out of transformers' patch mapping, as far as nobody has cleared or overwritten them."""
+    from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
+
+    unregister_patch_mapping([name for name, part in get_patch_mapping().items() if parts.get(name) is part])
 
 
 def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:

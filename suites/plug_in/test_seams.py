@@ -16,7 +16,12 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v32 import modeling_deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
-from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
+from transformers.monkey_patching import (
+    clear_patch_mapping,
+    get_patch_mapping,
+    register_patch_mapping,
+    unregister_patch_mapping,
+)
 
 import optimized
 from harness.text import text_batch
@@ -172,6 +177,19 @@ def test_checkpoints_travel_both_ways(family, tmp_path):
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, theirs(ids).logits)
         assert torch.equal(plugged(ids).logits, ours(ids).logits)
+
+
+def test_our_classes_build_nothing_while_the_plug_in_is_out():
+    for cls in (deepseek_v32.DeepseekV32Model, deepseek_v32.DeepseekV32ForCausalLM):
+        with pytest.raises(RuntimeError, match="which is not in: its parts would be transformers' own"):
+            cls(config_of("deepseek"))
+
+
+def test_a_mapping_that_somebody_cleared_is_no_obstacle():
+    before = state_of_transformers()
+    with optimized.plug_into_transformers():
+        clear_patch_mapping()
+    assert changed_entries(before, state_of_transformers()) == set()
 
 
 def test_calls_nest_and_the_last_one_restores():

@@ -18,6 +18,7 @@ from suites.plug_in.pairs import CPU, FAMILIES, built, reference_config, weights
 families = pytest.mark.parametrize("family", list(FAMILIES))
 both_modes = pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 L = 40
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 @pytest.mark.parametrize("family", ["deepseek", "glm"])
