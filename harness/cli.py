@@ -41,7 +41,9 @@ ShardTimeout = Annotated[
     float | None, typer.Option(help="On Modal: seconds that each of the parts that run at once may take; default 3600.")
 ]
 Price = Annotated[float | None, typer.Option(help="On Modal: US$ an hour of the GPU; then the record has the cost.")]
-Resume = Annotated[bool, typer.Option("--resume", help="On Modal: run only what is missing in --out.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="On Modal, and with --layerwise: run only what is missing in --out.")
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -80,8 +82,14 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of weights and text.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Config and weights from a local checkpoint directory instead of a preset.")
+        str | None, typer.Option(help="Config and weights from a local checkpoint directory instead of a preset.")
     ] = None,
+    layerwise: Annotated[
+        bool,
+        typer.Option("--layerwise", help="Walk a --checkpoint, which may be a name on the hub, one layer at a time."),
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="With --layerwise: branch, tag or commit on the hub.")] = None,
+    until: Annotated[int | None, typer.Option(help="With --layerwise: how many layers are walked.")] = None,
     on: On = "local",
     gpu: Gpu = None,
     shard_timeout: ShardTimeout = None,
@@ -95,11 +103,25 @@ def verify(
     from .verify import Request
     from .verify import verify as run_verify
 
+    folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify"
+    if layerwise:
+        _goes_with_layerwise(checkpoint, resume, out, [(config, "tiny", "--config"), (checks, "all", "--checks"),
+                             (cases, "auto", "--cases"), (set_, None, "--set"), (on, "local", "--on")])  # fmt: skip
+        from .layerwise.command import Request as Walk
+        from .layerwise.command import verify_layers
+
+        walk = Walk(
+            checkpoint=checkpoint or "", revision=revision, subject=subject, seq_len=seq_len, batch=batch,
+            device=device, dtype=dtype, backend=backend, seed=seed, until=until, resume=resume, out=folder,
+        )  # fmt: skip
+        raise typer.Exit(verify_layers(walk, Console()))
+    for flag in (flag for flag, value in (("--revision", revision), ("--until", until)) if value is not None):
+        raise typer.BadParameter(f"{flag} belongs to --layerwise.")
     settings = _elsewhere(on, gpu, shard_timeout, price, resume, out, "verify")
     request = Request(
         config=config, subject=subject, checks=checks, cases=cases, seq_len=seq_len, batch=batch, device=device,
-        dtype=dtype, backend=backend, seed=seed, overrides=tuple(set_ or ()), checkpoint=checkpoint,
-        out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify",
+        dtype=dtype, backend=backend, seed=seed, overrides=tuple(set_ or ()),
+        checkpoint=Path(checkpoint) if checkpoint is not None else None, out=folder,
     )  # fmt: skip
     if settings is not None:
         from .dispatch.command import verify_on_modal
@@ -212,6 +234,9 @@ def train(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    parallel: Annotated[
+        str, typer.Option(help="Under torchrun: how its ranks share the work, such as fsdp=2,cp=2; also ep and tp.")
+    ] = "",
     save_every: Annotated[int, typer.Option(help="Steps between two saved states.")] = 25,
     measure_every: Annotated[int, typer.Option(help="Steps between two measurements of the indexer.")] = 20,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a config field: name=value.")] = None,
@@ -228,7 +253,7 @@ def train(
     request = Request(
         stage=stage, config=config, model=model, init=init, attention=attention, lora=lora, rank=rank, steps=steps,
         seq_len=seq_len, batch=batch, lr=lr, lr_matrices=lr_matrices, lr_indexer=lr_indexer, dtype=dtype, device=device,
-        seed=seed, save_every=save_every, measure_every=measure_every, overrides=tuple(set_ or ()), resume=resume,
+        seed=seed, parallel=parallel, save_every=save_every, measure_every=measure_every, overrides=tuple(set_ or ()), resume=resume,
         out=out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}",
     )  # fmt: skip
     raise typer.Exit(run_training(request, Console()))
@@ -367,6 +392,19 @@ def doctor() -> None:
     from .doctor import print_doctor
 
     raise typer.Exit(print_doctor(Console()))
+
+
+def _goes_with_layerwise(
+    checkpoint: str | None, resume: bool, out: Path | None, others: list[tuple[object, object, str]]
+) -> None:
+    """Refuses what a walk by layers does not take: (given, default, flag)."""
+    if checkpoint is None:
+        raise typer.BadParameter("--layerwise needs --checkpoint, a folder or a name on the hub.")
+    if resume and out is None:
+        raise typer.BadParameter("--resume needs --out, the folder of the run to go on with.")
+    for flag in (flag for given, default, flag in others if given != default):
+        on_modal = ": on Modal it is modal run suites/gpu.py --checkpoint" if flag == "--on" else ""
+        raise typer.BadParameter(f"{flag} does not go with --layerwise{on_modal}.")
 
 
 def _elsewhere(
