@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from .parity import EXACT, questions
+from .variants import LAYOUTS, VARIANTS
 from .world import run_world
 
 Answers = dict[str, dict[str, float]]
@@ -47,6 +48,18 @@ def test_ranks_compute_what_one_process_does(world: Callable[[int, str], Answers
 @pytest.mark.parametrize(("ranks", "name"), SLOW)
 def test_every_division_of_every_input(world: Callable[[int, str], Answers], ranks: int, name: str) -> None:
     assert wrong(name, world(ranks, "all")[name]) == {}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return run_world(2, tmp_path_factory.mktemp("variants") / "out.json", "suites.distributed.variants")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_out_of_the_ordinary(variants: Answers, variant: str) -> None:
+    assert set(variants[variant]) == set(LAYOUTS)
+    assert max(variants[variant].values()) <= EXACT
 
 
 def test_a_rank_that_fails_is_reported(tmp_path: Path) -> None:
