@@ -48,7 +48,7 @@ def observe(
         capabilities: what the model declares; nothing else is asked of it.
         tape: decisions to replay; needs the capability "tape".
         gradients: whether to run the backwards. lm_gradients: whether that of the LM loss is one of them.
-        scores: also keep index and router scores; the reference only.
+        scores: also keep index scores, and of the reference the router's; the forward takes output_indexer_scores.
     """
     device = next(model.parameters()).device
     wants: dict[str, Any] = {}
@@ -125,9 +125,10 @@ class _RouterScores:
     def __enter__(self) -> "_RouterScores":
         if not self.active:
             return self
-        for i, layer in enumerate(cast(Any, self.model).model.layers):
+        # Of a subject only the index scores are wanted: it need not be made as the reference is.
+        for i, layer in enumerate(getattr(getattr(self.model, "model", None), "layers", ())):
             self.scores.append(None)
-            if isinstance(gate := getattr(layer.mlp, "gate", None), Gate):
+            if isinstance(gate := getattr(getattr(layer, "mlp", None), "gate", None), Gate):
                 self._handles.append(layer.mlp.register_forward_pre_hook(self._hook(i, gate)))
         return self
 

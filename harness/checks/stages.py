@@ -40,6 +40,8 @@ from .choices import (
 from .parity import judge_scalar
 
 SCORES, KEYS, EXPERTS = "index scores", "keys", "experts"
+_NAMES = list(POINTS)
+_TAPE = frozenset({"tape"})
 TOO_WIDE = (
     "the activations of all stages and layers of three models do not fit beside a model of this size: "
     "run a smaller config for them"
@@ -157,15 +159,15 @@ def takes_scores(model: nn.Module) -> bool:
 def exposed_by(bench: Bench) -> Exposed:
     """The points that the subject's modules show, found by a forward in which nothing is replaced."""
 
-    def looked_at(model: nn.Module, capabilities: frozenset[str]) -> Replay:
+    def looked_at(model: nn.Module) -> Replay:
         lanes, keys = bench.case.config.qk_rope_head_dim, frozenset(modules_of(model))
         replay = Replay(keys, lanes, bench.dtype, touch=False)
         with hooked(model, replay):
-            observe(model, bench.case, capabilities, tape=bench.oracle.tape, gradients=False)
+            observe(model, bench.case, _TAPE, tape=bench.oracle.tape, gradients=False)
         return replay
 
-    every = bench.oracle.remember("stages, all", lambda: looked_at(bench.oracle.model, ALL))
-    own = bench.of_subject(lambda: looked_at(bench.module, bench.subject.capabilities - {"indexer-kl"}))
+    every = bench.oracle.remember("stages, all", lambda: looked_at(bench.oracle.model))
+    own = bench.of_subject(lambda: looked_at(bench.module))
     batch, rows = bench.case.input_ids.shape
     return exposed(own, every, (batch, rows))
 
@@ -183,7 +185,8 @@ def look(
 
     found = Look(*forward(True, capabilities))
     if ANGLES in keys:
-        found.still, found.seen_still = forward(False, capabilities - {"indexer-kl"})
+        found.still, seen = forward(False, _TAPE)
+        found.seen_still = {key: tensor for key, tensor in seen.items() if key[1] == HEADS}
     return found
 
 
@@ -198,7 +201,7 @@ def parts_of(found: Look, keys: frozenset[Key], scores: bool, layout: Layout) ->
     def of_visible(scores_BLS: torch.Tensor) -> torch.Tensor:
         return torch.where(visible_BLS, scores_BLS, 0.0)[real_BL]
 
-    for layer, name in keys:
+    for layer, name in sorted(keys, key=lambda key: (-1 if key[0] is None else key[0], _NAMES.index(key[1]))):
         stage, tensor = POINTS[name].stage, found.seen[layer, name]
         if (layer, name) == ANGLES:
             parts[Part(0, stage, name)] = turned_since_the_start(tensor, layout)[real_BL]
@@ -240,6 +243,9 @@ def standard(bench: Bench, keys: frozenset[Key], scores: bool, layout: Layout) -
         part: budget("stages", _precision(part, bench.dtype), errors(own[part], e), e.numel())
         for part, e in parts.items()
     }
+    for found in (expected, baseline):
+        # The oracle keeps what follows for every subject, and these are the largest of it.
+        found.seen, found.seen_still = {}, {}
     right = Standard(values, expected, baseline, parts, allowed, {})
     for part, tensor in parts.items():
         for kind, wrong in null_candidates(tensor):
@@ -367,7 +373,7 @@ def worst_side(found: Errors, allowed: Errors) -> Finding:
 
 CHECKS = [
     Check(
-        "parity.stages", "parity", stages, frozenset({"tape"}), frozenset({"sparse"}),
+        "parity.stages", "parity", stages, _TAPE, frozenset({"sparse"}),
         frozenset({"text", "left-padded", "packed"}), too_large=TOO_WIDE,
     ),
 ]  # fmt: skip
