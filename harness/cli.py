@@ -106,7 +106,9 @@ def verify(
     folder = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-verify"
     if layerwise:
         _goes_with_layerwise(checkpoint, resume, out, [(config, "tiny", "--config"), (checks, "all", "--checks"),
-                             (cases, "auto", "--cases"), (set_, None, "--set"), (on, "local", "--on")])  # fmt: skip
+                             (cases, "auto", "--cases"), (set_, None, "--set")])  # fmt: skip
+        from .dispatch.checkpoint import TIMEOUT
+        from .dispatch.command import layerwise_on_modal
         from .layerwise.command import Request as Walk
         from .layerwise.command import verify_layers
 
@@ -114,6 +116,10 @@ def verify(
             checkpoint=checkpoint or "", revision=revision, subject=subject, seq_len=seq_len, batch=batch,
             device=device, dtype=dtype, backend=backend, seed=seed, until=until, resume=resume, out=folder,
         )  # fmt: skip
+        limit = TIMEOUT if shard_timeout is None and on == "modal" else shard_timeout
+        place = _elsewhere(on, gpu, limit, price, resume and on == "modal", out, "verify")
+        if place is not None:
+            raise typer.Exit(layerwise_on_modal(walk, place, Console()))
         raise typer.Exit(verify_layers(walk, Console()))
     for flag in (flag for flag, value in (("--revision", revision), ("--until", until)) if value is not None):
         raise typer.BadParameter(f"{flag} belongs to --layerwise.")
@@ -403,8 +409,7 @@ def _goes_with_layerwise(
     if resume and out is None:
         raise typer.BadParameter("--resume needs --out, the folder of the run to go on with.")
     for flag in (flag for given, default, flag in others if given != default):
-        on_modal = ": on Modal it is modal run suites/gpu.py --checkpoint" if flag == "--on" else ""
-        raise typer.BadParameter(f"{flag} does not go with --layerwise{on_modal}.")
+        raise typer.BadParameter(f"{flag} does not go with --layerwise.")
 
 
 def _elsewhere(

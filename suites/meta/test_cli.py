@@ -109,7 +109,7 @@ def refused(capsys, *words):
         (["--checkpoint", "nowhere"], "'nowhere', which is not a directory"),
         (["--layerwise"], "--layerwise needs --checkpoint"),
         (["--layerwise", "--checkpoint", "nowhere", "--checks", "kl"], "--checks does not go with --layerwise"),
-        (["--layerwise", "--checkpoint", "nowhere", "--on", "modal"], "modal run suites/gpu.py --checkpoint"),
+        (["--layerwise", "--checkpoint", ".", "--on", "modal"], "a folder of this machine, which does not travel"),
         (["--layerwise", "--checkpoint", "nowhere", "--dtype", "int8"], "--dtype is 'int8'"),
         (["--until", "2"], "--until belongs to --layerwise"),
         (["--on", "mars"], "--on is 'mars'; allowed are local and modal"),
