@@ -1,10 +1,11 @@
 """Reads one layer of a checkpoint, and runs a model of that one layer on given hidden states.
 
 A model of one layer is built like any other: by the subject's factory, from a config of one layer and a state with the
-official names. Its parts are looked into by hooks, and handed what they must share: keys and experts by the tape, the
+official names. Its embedding holds the layer's input, a row for each token, so that any model that takes token ids takes
+hidden states. Its parts are looked into by hooks, and handed what they must share: keys and experts by the tape, the
 attention's output by the hook on it, so that the feed-forward part is judged on the same input whoever computed it.
 
-Letters: B batch, L rows, S key slots, M hidden_size, K selected keys, T chosen experts, X routed experts.
+Letters: B batch, L rows, N = B·L, S key slots, M hidden_size, K selected keys, T chosen experts, X routed experts.
 """
 
 import inspect
@@ -29,8 +30,6 @@ from ..checks.whole import changed
 
 State = dict[str, torch.Tensor]
 ATTENTION, FFN, LAYER = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.0"
-# The embedding and head of a model of one layer, which nothing reads.
-_FEW = 1
 
 
 class NoSuchPartError(ValueError):
@@ -67,8 +66,8 @@ class LayerFiles:
         tied = self.config.tie_word_embeddings
         return self.read("model.embed_tokens.weight" if tied else "lm_head.weight")
 
-    def layer(self, index: int) -> State:
-        """The state of a model of that one layer; nothing of another layer is read.
+    def layer(self, index: int, x_BLM: torch.Tensor) -> State:
+        """The state of a model of that one layer, whose embedding holds its input `x_BLM`; nothing else is read.
 
         Raises:
             ValueError: a file that has been cut, or a scale that is NaN, infinite, zero or negative.
@@ -79,9 +78,9 @@ class LayerFiles:
             for name in self._parameters
             if name.startswith(prefix)
         }
-        few = torch.zeros(_FEW, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        table_NM = x_BLM.to(self.device, self.dtype).flatten(0, 1)
         norm = torch.ones(self.config.hidden_size, dtype=self.dtype, device=self.device)
-        return {**state, "model.embed_tokens.weight": few, "model.norm.weight": norm, "lm_head.weight": few.clone()}
+        return {**state, "model.embed_tokens.weight": table_NM, "model.norm.weight": norm, "lm_head.weight": table_NM}
 
     def stored_bytes(self, index: int | None = None) -> int:
         """Bytes of a layer in the files, or of all that a walk reads."""
@@ -101,10 +100,10 @@ def without_quantization(config: DeepseekV32Config) -> DeepseekV32Config:
     return DeepseekV32Config(**fields)
 
 
-def one_layer(config: DeepseekV32Config, index: int) -> DeepseekV32Config:
-    """The config of a model that consists of layer `index`."""
+def one_layer(config: DeepseekV32Config, index: int, rows: int) -> DeepseekV32Config:
+    """The config of a model that consists of layer `index`, with a vocabulary of one entry for each row of its input."""
     return changed(
-        config, num_hidden_layers=1, first_k_dense_replace=0 if config.is_moe_layer(index) else 1, vocab_size=_FEW,
+        config, num_hidden_layers=1, first_k_dense_replace=0 if config.is_moe_layer(index) else 1, vocab_size=rows,
         bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
 
@@ -125,9 +124,9 @@ class LayerRun:
 
 @torch.no_grad()
 def run_layer(
-    model: nn.Module, x_BLM: torch.Tensor, dtype: torch.dtype, shared: LayerRun | None = None, *, router: bool = False
+    model: nn.Module, ids_BL: torch.Tensor, dtype: torch.dtype, shared: LayerRun | None = None, *, router: bool = False
 ) -> LayerRun:
-    """Run a model of one layer on hidden states `x_BLM`, on the choices and the attention output of `shared`.
+    """Run a model of one layer on rows `ids_BL` of its embedding, on the choices and the attention output of `shared`.
 
     Args:
         dtype: of the run: what is handed on is rounded to it. router: also the biased scores; the reference only.
@@ -142,7 +141,7 @@ def run_layer(
     if shared is not None:
         wants["decisions"] = Decisions((shared.decisions,))
     with _watched(model, found, dtype, None if shared is None else shared.handed_BLM, router):
-        out = model(inputs_embeds=x_BLM, use_cache=False, **wants)
+        out = model(input_ids=ids_BL, use_cache=False, **wants)
     scores = getattr(out, "indexer_scores", None)
     found.scores_BLS = None if scores is None else scores[0]
     found.decisions = out.decisions[0]

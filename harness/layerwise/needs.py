@@ -95,7 +95,7 @@ def needs_of(
     table = config.vocab_size * config.hidden_size
     # The head reads a table of the vocabulary in its dtype, and multiplies in fp32.
     memory = max(memory, table * (dtype.itemsize + 4))
-    once = layers * model_flop(one_layer(config, layers - 1), FORWARD, length, batch, dense=True)
+    once = layers * model_flop(one_layer(config, layers - 1, batch * length), FORWARD, length, batch, dense=True)
     seconds = None
     if rates is not None:
         # The reference meets every pair of a row and a key, of which model_flop counts the causal half.
@@ -111,7 +111,7 @@ def needs_of(
 def _layer_parameters(config: DeepseekV32Config, index: int) -> tuple[int, int]:
     """Parameters of a layer, and how many of them are routed experts'."""
     with torch.device("meta"), no_init_weights():
-        held = DeepseekV32ForCausalLM(one_layer(config, index)).model.layers.state_dict()
+        held = DeepseekV32ForCausalLM(one_layer(config, index, 1)).model.layers.state_dict()
     counts = {name: tensor.numel() for name, tensor in held.items()}
     return sum(counts.values()), sum(n for name, n in counts.items() if ".experts." in name)
 

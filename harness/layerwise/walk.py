@@ -61,16 +61,17 @@ class Walk:
         Raises:
             ValueError: a file that has been cut, or a subject that cannot be looked into.
         """
-        config, dtype, device = one_layer(self.config, index), self.files.dtype, self.files.device
-        given_BLM = x_BLM.to(dtype)
-        state = self.files.layer(index)
-        exact = run_layer(build_rowwise(config, state, device, torch.float64), given_BLM.double(), dtype, router=True)
+        dtype, device = self.files.dtype, self.files.device
+        ids_BL = torch.arange(x_BLM.shape[0] * x_BLM.shape[1], device=device).view(x_BLM.shape[:2])
+        config = one_layer(self.config, index, ids_BL.numel())
+        state = self.files.layer(index, x_BLM)
+        exact = run_layer(build_rowwise(config, state, device, torch.float64), ids_BL, dtype, router=True)
         _freed(device)
-        low = run_layer(build_rowwise(config, state, device, dtype), given_BLM, dtype, exact, router=True)
+        low = run_layer(build_rowwise(config, state, device, dtype), ids_BL, dtype, exact, router=True)
         _freed(device)
         problem: Exception | None = None
         try:
-            seen = run_layer(self._subject_module(config, state), given_BLM, dtype, exact)
+            seen = run_layer(self._subject_module(config, state), ids_BL, dtype, exact)
         except (NoSuchPartError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

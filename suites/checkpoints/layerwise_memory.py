@@ -20,8 +20,8 @@ from .peak_memory import peak_bytes
 def keep(read, kept):
     """`LayerFiles.layer` that keeps what it reads."""
 
-    def reads(files, index):
-        kept.append(read(files, index))
+    def reads(files, index, x_BLM):
+        kept.append(read(files, index, x_BLM))
         return kept[-1]
 
     return reads

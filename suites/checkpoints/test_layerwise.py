@@ -125,6 +125,22 @@ def test_trained_weights_are_verified_too_and_know_the_text(tmp_path):
     assert loss.samples[0] < 2
 
 
+def test_transformers_own_model_is_walked_too_but_shows_no_scores(checkpoint, tmp_path):
+    assert walk(checkpoint, tmp_path, subject="transformers", until=2) == 0
+    found = answers(tmp_path)
+    unseen = {place for place, status in found.items() if status is Status.NOT_APPLICABLE}
+    assert unseen == {(0, "index_scores"), (1, "index_scores")}
+    assert {status for place, status in found.items() if place not in unseen} == {Status.VERIFIED}
+
+
+def test_a_subject_without_a_tape_is_refused(checkpoint, tmp_path, capsys):
+    subject = faulty(tmp_path)
+    path = tmp_path / "faulty.py"
+    path.write_text(path.read_text().replace('{"tape", "indexer-kl"}', '{"padding"}'))
+    assert walk(checkpoint, tmp_path / "out", subject=subject) == 2
+    assert "does not declare tape" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_named_by_its_layer_and_stage_and_nothing_else_fails(fault, checkpoint, tmp_path):
     code, stages = FAULTS[fault]
