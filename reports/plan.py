@@ -49,8 +49,8 @@ class Plan:
             f"weights, gradients and optimizer state, {recomputed} gradient checkpointing; attention by the path {d['path']}.",
             f"{d['layouts_tried']} layouts were tried on {d['gpus']} x {d['gpu']['name']}, {d['layouts_that_fit']} fit with "
             f"{percent(d['headroom'])} of a GPU's {d['gpu']['memory'] / GIB:.0f} GiB left free.",
-            f"The KL of the indexer takes {_flop(dense)} a rank and step over every visible key (eq. 3), which grows as the "
-            f"square of the length, and {_flop(selected)} over the selected ones (eq. 4).",
+            f"The KL of the indexer, for a rank's sequences before cp divides them, takes {_flop(dense)} over every visible key "
+            f"(eq. 3), which grows as the square of the length, and {_flop(selected)} over the selected ones (eq. 4).",
             "Seconds are floors from data sheets: matrix products at the dense bf16 rate, bytes at the bandwidth of memory and "
             "links, communication behind computation, experts evenly loaded. No real run reaches them.",
         ]
@@ -63,9 +63,19 @@ class Plan:
                 f"{why} " * bool(why) + f"No fraction of a {d['gpu']['name']}'s rate was measured, so that only floors are given; "
                 "`--measured` takes a record of `v32 bench` on that GPU."
             )  # fmt: skip
+        if d["checkpointing"] and d["trains"] == "indexer":
+            found.append(
+                "Checkpointing keeps more than it saves here: every layer is computed again with all that a backward of the "
+                "model would need, which never comes to set it free."
+            )
+        if d["trains"] != "model" and any(not one["layout"].endswith("tp=1") for one in d["layouts"]):
+            found.append(
+                "With tp above 1 the indexer's loss is computed by the implementation in plain torch, which reaches no floor."
+            )
         if d["lora"]:
             found.append(
-                "Activations are those of whole weights; an adapter's own, and merged copies of stacked experts, come on top."
+                "Activations are those of whole weights; an adapter's own, and merged copies of stacked experts, come on top "
+                "and were not modelled."
             )
         if d["cost"] is not None:
             found.append(self._cost())

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from optimized import DeepseekV32ForCausalLM
 from optimized.distributed.layout import ParallelLayout
+from optimized.ops.backend import default_backend
 from reference import DeepseekV32Config
 from reference.training import LORA_MODULES, LoraPart, add_lora, lora_parts, set_trainable, trainable_report
 from reports.files import begin_in, files_written, write_reports
@@ -287,7 +288,8 @@ def memory_verdict(job: Job) -> Verdict:
 
     config = DeepseekV32Config.preset(PROBE_PRESET)
     probe = replace(
-        job.step, config=config, length=PROBE_LENGTH, batch=1, dtype="float32", backend="torch", linear=here("float32"),
+        job.step, config=config, length=PROBE_LENGTH, batch=1, dtype="float32",
+        backend=default_backend(torch.device("cpu")), linear=here("float32"),
         on_gpu=False, layout=ParallelLayout(), lora=(),
     )  # fmt: skip
     planned, true = memory(probe), measure(probe, replace(stage_for(job.stage.name, config), sparse=probe.sparse))
