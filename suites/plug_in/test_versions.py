@@ -1,4 +1,4 @@
-"""The key properties of the plug-in under this version of transformers, and under the other end of the tested range."""
+"""The key properties of the plug-in in processes of their own: under both ends of the tested range, and on two ranks."""
 
 import os
 import subprocess
@@ -36,3 +36,15 @@ def test_the_plug_in_holds_under_the_other_version():
 
     assert OTHER is not None
     assert run_under(OTHER) != transformers.__version__
+
+
+@pytest.mark.slow
+def test_a_tensor_parallel_plan_gives_the_gradients_of_one_process(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "suites.plug_in.tensor_parallel", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("The indexer's KL loss needs all 4 heads, and this process has 2 of them") == 2
