@@ -81,6 +81,17 @@ def test_a_step_of_a_larger_model_takes_what_is_planned(stage, checkpointing):
     assert agrees(step, true), off(step, true)
 
 
+@pytest.mark.parametrize(
+    ("stage", "parts"), [("sft", ("attention",)), ("sft", ("attention", "experts")), ("warmup", ("indexer",))]
+)
+def test_a_step_of_adapters_takes_what_is_planned(stage, parts):
+    step, found = step_of("tiny", 1024, 1, stage, False)
+    adapted = replace(step, lora=parts)
+    true = measure(adapted, replace(found, bias_rate=0.0))
+    assert agrees(adapted, true), off(adapted, true)
+    assert memory(adapted).optimizer != memory(step).optimizer
+
+
 @pytest.mark.slow
 @modes
 @stages
