@@ -41,6 +41,8 @@ ELSEWHERE = {
     "v32 bench --config bench --lengths 512,1024,2048,4096,8192 --pass fwd,fwd+bwd --against transformers,dense-flash "
     "--floors": "suites/perf/test_bench.py::test_the_floors_of_all_lengths_hold",
     "v32 kernels --target sm_90a": "suites/kernels/test_compile.py::test_all_of_our_kernels_compile_within_their_budgets",
+    "modal run suites/gpu.py --checkpoint deepseek-ai/DeepSeek-V3.2-Exp": "suites/modal/test_checkpoint.py::"
+    "test_a_checkpoint_is_downloaded_and_walked_and_a_container_that_dies_costs_no_layer",
     "v32 recipe --seeds 1 --no-faults": "suites/training/test_recipe_command.py::test_the_table_is_trained_recorded_and_shown",
 }
 NOT_RUN = {
