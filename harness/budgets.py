@@ -87,7 +87,7 @@ RULES: dict[tuple[str, torch.dtype], Rule] = {
         3.0, _FP32, "Seeds 0-19, tiny, text, padded and packed: optimized 0.16 of it used, transformers 0.23 (RoPE)."
     ),
     ("stages", torch.bfloat16): Rule(
-        3.0, _BF16, "Seeds 0-19, tiny, text, padded and packed: optimized 0.40 of it used, transformers 0.52 (both RoPE)."
+        3.0, _BF16, "Seeds 0-19, tiny, text, padded and packed: optimized 0.40 of it used, transformers 0.52 (RoPE)."
     ),
     # Of single operators the shares are those of the optimized, of the plain and of the tensor-core operators, in this
     # order: the last are plain PyTorch that rounds probabilities and their gradients to bf16 (suites/kernels).
