@@ -156,7 +156,7 @@ def example(name):
 
 def program_of(words):
     """The words with the program of this environment in front, and with this tree's files."""
-    found = [Path(sys.executable).with_name(words[0]), *words[1:]]
+    found = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
     return [str(ROOT / word) if word == "suites/gpu.py" else word for word in found]
 
 
