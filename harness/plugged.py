@@ -9,13 +9,16 @@ Letters: B batch, L rows, K chosen keys.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GlmMoeDsaConfig
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config as UpstreamConfig
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
 import optimized
 from optimized.plug_in.attention import OWN_FIELDS
@@ -65,12 +68,12 @@ def config_for(class_name: str, config: DeepseekV32Config) -> Any:
     `indexer_rope_interleaved` is left out where it says what the class does anyway.
     """
     own = {name: getattr(config, name) for name in OWN_FIELDS}
-    glm = class_name == GLM
-    if config.indexer_rope_interleaved != glm:
+    is_glm = class_name == GLM
+    if config.indexer_rope_interleaved != is_glm:
         own["indexer_rope_interleaved"] = config.indexer_rope_interleaved
-    if glm:
+    if is_glm:
         own["indexer_types"] = ["full"] * config.num_hidden_layers
-    made: Any = GlmMoeDsaConfig if glm else UpstreamConfig
+    made: Any = GlmMoeDsaConfig if is_glm else UpstreamConfig
     return made(**upstream_fields(config), **own, attn_implementation="sdpa")
 
 
@@ -95,7 +98,26 @@ def plugged_factory(class_name: str, package: Any = optimized) -> Factory:
 
 def plugged(name: str, class_name: str, package: Any = optimized) -> Subject:
     """The subject called `name`: transformers' class, plugged in by `package`."""
-    glm = class_name == GLM
-    capabilities = PLUGGED_CAPABILITIES | ({"shared-indexers"} if glm else set())
-    overrides = {"indexer_rope_interleaved": True} if glm else {}
+    is_glm = class_name == GLM
+    capabilities = PLUGGED_CAPABILITIES | ({"shared-indexers"} if is_glm else set())
+    overrides = {"indexer_rope_interleaved": True} if is_glm else {}
     return Subject(name, plugged_factory(class_name, package), capabilities, name, overrides=overrides)
+
+
+@contextmanager
+def transformers_as_it_was() -> Iterator[None]:
+    """Puts back at its end what a faulty plug-in leaves behind: constructors, and tables of recorded outputs."""
+    models = [
+        getattr(m, name)
+        for m, name in ((deepseek, DEEPSEEK), (glm, GLM), (deepseek, "DeepseekV32Model"), (glm, "GlmMoeDsaModel"))
+    ]
+    inits = [(model, model.__init__) for model in models]
+    tables = [(model._can_record_outputs, dict(model._can_record_outputs)) for model in models]
+    try:
+        yield
+    finally:
+        for model, init in inits:
+            model.__init__ = init
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)

@@ -21,7 +21,7 @@ from reports.schema import FAILING, Status, Verdict
 from ..cases import CASE_NAMES, calibrated_state
 from ..checks import CHECKS
 from ..operators import OPERATOR_CASES
-from ..plugged import DEEPSEEK, GLM, MODULES, plugged
+from ..plugged import DEEPSEEK, GLM, MODULES, plugged, transformers_as_it_was
 from ..runner import Oracles, Plan, run
 from ..subjects import Subject, on_backend, operator_capabilities, optimized_operators, ours, resolve_subject
 from ..verify import length_for
@@ -83,7 +83,8 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
         package = getattr(copy, mutant.of)
         if any(patch.file.startswith(PLUG_IN) for patch in mutant.patches):
             glm = any(Path(patch.file).stem == MODULES[GLM] for patch in mutant.patches)
-            yield plugged(f"mutant:{mutant.name}", GLM if glm else DEEPSEEK, package)
+            with transformers_as_it_was():
+                yield plugged(f"mutant:{mutant.name}", GLM if glm else DEEPSEEK, package)
             return
         operators = optimized_operators(package.ops) if mutant.of == "optimized" and _has_operators(mutant) else {}
         subject = ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
