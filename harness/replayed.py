@@ -183,7 +183,7 @@ class Exposed:
 
 
 def exposed(subject: Replay, reference: Replay, rows: tuple[int, int]) -> Exposed:
-    """The points at which one forward of the subject gave a tensor of the reference's shape, once.
+    """The points at which one forward of the subject gave a tensor of the reference's shape, once (angles: at least once).
 
     Both replays have only looked. rows: B and L; a subject may have them in one axis.
     """
@@ -204,7 +204,8 @@ def exposed(subject: Replay, reference: Replay, rows: tuple[int, int]) -> Expose
 
 
 def _why_not(key: Key, subject: Replay, shape: torch.Size, rows: tuple[int, int]) -> str:
-    if subject.calls[key] != 1:
+    # Angles may be asked for again: each call gets the same ones.
+    if subject.calls[key] != 1 and not (key == ANGLES and key in subject.seen):
         return f"is called {subject.calls[key]} times" if subject.calls[key] else "is not called"
     found = subject.seen.get(key)
     if found is None:
