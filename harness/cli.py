@@ -64,7 +64,10 @@ def commands() -> None:
 def verify(
     config: Annotated[str, typer.Option(help="A preset: tiny, mini, bench, small, medium.")] = "tiny",
     subject: Annotated[
-        str, typer.Option(help="optimized, reference, transformers, transformers-eager, or FILE.py:factory.")
+        str,
+        typer.Option(
+            help="optimized, reference, transformers, transformers-eager, transformers-plugged, glm-plugged, or FILE.py:factory."
+        ),
     ] = "optimized",
     checks: Annotated[str, typer.Option(help="Families or checks, separated by commas; all for every one.")] = "all",
     cases: Annotated[

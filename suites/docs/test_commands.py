@@ -24,11 +24,11 @@ SHORTER = {
     "--config small": "--config tiny",
     "--config medium": "--config tiny",
     "--config mini": "--config tiny",
-    "v32 mutants --only C": "v32 mutants --only C01,C02 --seeds 0",
+    "v32 mutants --only C": "v32 mutants --only C01,C05 --seeds 0",
     "v32 mutants --only A --seeds 0": "v32 mutants --only A01,A15 --seeds 0",
     "v32 bench --lengths 512,1024": "v32 bench --lengths 64,128 --repeats 3 --config tiny",
     "--checks operators,probes": "--checks operators --seq-len 40",
-    "v32 verify --subject transformers": "v32 verify --subject transformers --checks parity,choices",
+    "v32 verify --subject transformers": "v32 verify --subject transformers --checks choices",
     "--backend triton --seq-len 40 --cases text,packed": "--backend triton --seq-len 40 --cases text --checks parity",
     "--suite verify,kernels,bench": "--suite bench --gpu none",
     "--gpu H200,H100 --price 3.95": "--gpu none --checks finite",
@@ -51,6 +51,8 @@ NOT_RUN = {
     ".venv/bin/ruff check --fix": "it changes the tree",
     ".venv/bin/ruff format": "it changes the tree",
 }
+# transformers' own bf16 is found wrong: findings 18 and 19.
+ENDS_WITH = {"v32 verify --subject transformers": 1}
 EXAMPLES = ("my_model.py", "my_kernels.py")
 
 BLOCKS = [command for document in DOCUMENTS for command in in_blocks(document)]
@@ -134,7 +136,7 @@ def test_the_tables_of_this_file_name_only_what_is_documented():
     texts = [command.text for command in BLOCKS]
     for words in SHORTER:
         assert any(words in text for text in texts), words
-    assert {*ELSEWHERE, *NOT_RUN} <= set(texts)
+    assert {*ELSEWHERE, *NOT_RUN, *ENDS_WITH} <= set(texts)
     for test in ELSEWHERE.values():
         path, _, name = test.partition("::")
         assert f"def {name}(" in (ROOT / path).read_text("utf-8"), test
@@ -199,7 +201,7 @@ def test_a_command_of_a_block_runs(command, place, request):
             shutil.copytree(latest(place / "runs", "-verify"), place / "runs" / name, dirs_exist_ok=True)
     words = [str(latest(place / "runs", "-verify")) if "<time>" in word else word for word in program_of(ran.words)]
     done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=1500)
-    assert done.returncode == 0, f"{ran.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == ENDS_WITH.get(command.text, 0), f"{ran.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def latest(runs, ending):
