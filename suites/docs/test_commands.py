@@ -201,7 +201,9 @@ def test_a_command_of_a_block_runs(command, place, request):
             shutil.copytree(latest(place / "runs", "-verify"), place / "runs" / name, dirs_exist_ok=True)
     words = [str(latest(place / "runs", "-verify")) if "<time>" in word else word for word in program_of(ran.words)]
     done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=1500)
-    assert done.returncode == ENDS_WITH.get(command.text, 0), f"{ran.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == ENDS_WITH.get(command.text, 0), (
+        f"{ran.text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
 
 
 def latest(runs, ending):
