@@ -19,7 +19,7 @@ from ..environment import git_state, without_paths
 from .fan_out import Place, fan_out
 from .keeping import Kept
 from .merging import About, write_record
-from .shards import SUITES, Shard, fingerprint, verify_shards
+from .shards import SUITES, Shard, fingerprint, gpu_count, verify_shards
 
 if TYPE_CHECKING:
     from ..bench.command import Request as BenchRequest
@@ -104,8 +104,10 @@ def suite_shards(
             found.append(Shard("bench", suite, ("bench", "--config", config, *lengths, *device), on_gpu=bool(gpu)))
         elif suite == "sft":
             # With --resume from the first attempt on: where there is no state yet it starts at the first step.
-            words = ("train", "--stage", "sft", "--config", config, "--seed", str(seed), "--resume", *device)
-            found.append(Shard("sft", suite, words, on_gpu=bool(gpu), resumes=True))
+            ranks = gpu_count(gpu)
+            parallel = ("--parallel", f"fsdp={ranks}") if ranks > 1 else ()
+            words = ("train", "--stage", "sft", "--config", config, "--seed", str(seed), "--resume", *device, *parallel)
+            found.append(Shard("sft", suite, words, on_gpu=bool(gpu), resumes=True, ranks=ranks))
         else:
             raise ValueError(f"--suite names {suite!r}; allowed are {', '.join(SUITES)}, separated by commas.")
     if not found:
@@ -233,6 +235,11 @@ def report(out: Path, console: Console) -> int:
 
 def collect(shards: Sequence[Shard], settings: Settings, place_for: Any, console: Console) -> int:
     """Run `shards`, and write their one record as they end; returns `USAGE_ERROR` where it cannot be written, else 0."""
+    count = gpu_count(settings.gpu)
+    if wasteful := next((shard.name for shard in shards if shard.on_gpu and shard.ranks != count), None):
+        error = f"--gpu asks for {count} GPUs, and {wasteful} runs on one; only --sft runs on several."
+        print_line(Console(stderr=True), error)
+        return USAGE_ERROR
     kept = Kept(settings.out)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     try:

@@ -40,7 +40,7 @@ def run_shard(shard: Shard, out: Path, limit: float) -> Items:
         with (out / LOG_FILE).open("wb") as log:
             started = time.monotonic()
             child = subprocess.Popen(
-                [sys.executable, "-m", shard.module, *shard.words, "--out", str(out)],
+                [sys.executable, "-m", *shard.launch, "--out", str(out)],
                 cwd=work,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path()), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,

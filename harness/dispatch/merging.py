@@ -13,7 +13,7 @@ from reports.text import one_line
 
 from ..environment import capture
 from .keeping import Kept
-from .shards import End, Shard
+from .shards import End, Shard, gpu_count
 
 FAMILY, EVENT = "dispatch", "shard"
 # The end of a log that stands in the record itself; the rest is in the shard's folder.
@@ -99,7 +99,7 @@ def _facts(shard: Shard, end: End, run: Run | None, about: About) -> dict[str, J
         "shard": shard.name, "suite": shard.suite, "command": shard.command, "problem": end.problem,
         "exit_code": end.exit_code, "attempts": end.attempts, "container": end.container, "seconds": end.seconds,
         "gpu_asked": list(about.gpu) if shard.on_gpu else [], "gpu": list(end.gpu),
-        "cost": None if about.price is None else round(about.price * end.seconds / 3600, 4),
+        "cost": None if about.price is None else round(about.price * gpu_count(about.gpu) * end.seconds / 3600, 4),
         "environment": None if run is None else run.header.get("environment"),
     }  # fmt: skip
 

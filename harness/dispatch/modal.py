@@ -20,7 +20,7 @@ from reports.text import one_line
 from ..environment import ROOT, gpus
 from .fan_out import InfrastructureError, Place
 from .local import run_shard
-from .shards import CHECKPOINT, FILES, LEFT_BEHIND, PACKAGES, End, Items, Piece, Shard
+from .shards import CHECKPOINT, FILES, LEFT_BEHIND, PACKAGES, End, Items, Piece, Shard, gpu_count
 
 MINUTES = 60
 APP_NAME = "v32"
@@ -68,7 +68,7 @@ def image(root: Path = ROOT) -> modal.Image:
 
 
 def gpu_list(text: str) -> tuple[str, ...]:
-    """`--gpu`: names from the most wanted on, separated by commas; `none` for no GPU.
+    """`--gpu`: names from the most wanted on, separated by commas, `H200:8` for eight of them; `none` for no GPU.
 
     Raises:
         ValueError: a text that names no GPU as Modal names them.
@@ -77,11 +77,13 @@ def gpu_list(text: str) -> tuple[str, ...]:
     if names == ("none",):
         return ()
     for name in names or ("",):
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*!?", name) or name == "none":
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]*!?(:[1-8])?", name) or name.partition(":")[0] == "none":
             raise ValueError(
                 f"--gpu is {text!r}; it must be Modal's names of GPUs from the most wanted on, such as H200,H100, "
-                "or none. One GPU is used: a count, as in H100:2, is not taken."
+                "or of several, up to eight, such as H200:8, or none."
             )
+    if len({gpu_count([name]) for name in names}) > 1:
+        raise ValueError(f"--gpu is {text!r}; all names must ask for the same number of GPUs.")
     return names
 
 

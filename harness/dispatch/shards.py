@@ -25,7 +25,8 @@ class Shard:
     """One command of ours: `python -m module words --out FOLDER`, with `files` (name and text) beside it.
 
     `on_gpu` False: it asks for no GPU. `resumes`: it goes on from what an earlier attempt left in its folder. `after`: it
-    waits for the shard of that name, and is not run where that one did not do its work.
+    waits for the shard of that name, and is not run where that one did not do its work. `ranks`: processes that torchrun
+    starts, each on a GPU of its own.
     """
 
     name: str
@@ -36,17 +37,27 @@ class Shard:
     resumes: bool = False
     files: tuple[tuple[str, str], ...] = ()
     after: str = ""
+    ranks: int = 1
+
+    @property
+    def launch(self) -> tuple[str, ...]:
+        """The module, and all that comes before `--out`."""
+        if self.ranks == 1:
+            return (self.module, *self.words)
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks))
+        return (*torchrun, "-m", self.module, *self.words)
 
     @property
     def command(self) -> str:
         """The command as a user would type it."""
-        start = ["v32"] if self.module == "harness.cli" else ["python", "-m", self.module]
-        return shlex.join([*start, *self.words])
+        if self.module == "harness.cli" and self.ranks == 1:
+            return shlex.join(["v32", *self.words])
+        return shlex.join(["python", "-m", *self.launch])
 
     @property
     def identity(self) -> dict[str, object]:
         """What must be equal for an earlier answer to be this shard's."""
-        return json.loads(json.dumps({"module": self.module, "words": self.words, "files": self.files}))
+        return json.loads(json.dumps({"launch": self.launch, "files": self.files}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +97,11 @@ class End:
 
 # What running a shard gives: pieces of its record as it grows, then its end.
 Items: TypeAlias = Generator[Piece | End, None, None]
+
+
+def gpu_count(gpu: Sequence[str]) -> int:
+    """How many GPUs each of these names asks for: 8 for H200:8; 1 where there are none."""
+    return int(gpu[0].partition(":")[2] or 1) if gpu else 1
 
 
 def source_files(root: Path = ROOT) -> Iterable[Path]:

@@ -34,6 +34,7 @@ SHORTER = {
     "--gpu H200,H100 --price 3.95": "--gpu none --checks finite",
     "--on modal --gpu H200": "--on modal --gpu none --checks finite",
     "modal run suites/gpu.py --config tiny": "modal run suites/gpu.py --config tiny --gpu none --checks finite",
+    "--sft --gpu H200:8": "--sft",
     "modal run suites/gpu.py --sft": "modal run suites/gpu.py --sft --gpu none",
 }
 # Commands that other tests run whole, and where.

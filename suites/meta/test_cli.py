@@ -117,7 +117,7 @@ def refused(capsys, *words):
         (["--shard-timeout", "60"], "--shard-timeout belongs to --on modal"),
         (["--price", "4"], "--price belongs to --on modal"),
         (["--resume"], "--resume belongs to --on modal"),
-        (["--on", "modal", "--gpu", "H-100:2"], "--gpu is 'H-100:2'"),
+        (["--on", "modal", "--gpu", "H100:9"], "--gpu is 'H100:9'"),
         (["--on", "modal", "--shard-timeout", "1"], "--shard-timeout is 1"),
         (["--on", "modal", "--price", "0"], "--price is 0"),
         (["--on", "modal", "--checks", "speed"], "'speed'"),

@@ -240,7 +240,33 @@ def test_sft_goes_on_from_what_an_earlier_attempt_left():
     assert "--resume" in shard.words
 
 
-@pytest.mark.parametrize("text", ["", "H100:2", "none,H100", "H 100", ";rm"])
+def test_sft_on_several_gpus_is_one_shard_of_as_many_ranks():
+    (shard,) = suite_shards(["sft"], "tiny", "optimized", "all", "auto", 0, gpu_list("H200:8,H100:8"))
+    assert shard.ranks == 8
+    assert shard.launch[:6] == ("torch.distributed.run", "--standalone", "--nproc-per-node", "8", "-m", "harness.cli")
+    assert shard.launch[-2:] == ("--parallel", "fsdp=8")
+    assert shard.command.startswith(
+        "python -m torch.distributed.run --standalone --nproc-per-node 8 -m harness.cli train"
+    )
+
+
+@pytest.mark.slow
+def test_such_a_shard_runs_here_on_two_ranks(tmp_path):
+    words = ("train", "--stage", "sft", "--config", "tiny", "--steps", "2", "--seq-len", "64", "--batch", "2")
+    *_, end = run_shard(Shard("sft", "sft", (*words, "--parallel", "fsdp=2"), ranks=2), tmp_path, 300)
+    assert (end.problem, end.exit_code) == ("", 0), end.log
+    assert read_run(tmp_path).header["training"]["parallel"]["dp"] == 2
+
+
+def test_gpus_that_a_shard_would_not_use_are_not_asked_for(tmp_path, capsys):
+    settings = settings_for("H200:8", 60, None, False, tmp_path / "out", "gpu")
+    shards = suite_shards(["verify"], "tiny", "optimized", "finite", "auto", 0, settings.gpu)
+    assert dispatch(shards, settings, None, Console(quiet=True)) == 2
+    assert "--gpu asks for 8 GPUs, and" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", "H100:9", "H100:8,H200", "none:2", "none,H100", "H 100", ";rm"])
 def test_a_gpu_that_modal_does_not_have_is_refused(text):
     with pytest.raises(ValueError, match="--gpu is"):
         gpu_list(text)
@@ -248,6 +274,7 @@ def test_a_gpu_that_modal_does_not_have_is_refused(text):
 
 def test_gpus_are_taken_in_the_order_in_which_they_are_wanted():
     assert gpu_list("H200, H100!,A100-80GB") == ("H200", "H100!", "A100-80GB")
+    assert gpu_list("H200:8,H100:8") == ("H200:8", "H100:8")
     assert gpu_list("none") == ()
 
 

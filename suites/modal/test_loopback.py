@@ -237,7 +237,7 @@ def test_a_wrong_subject_is_found(program, entry, server, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--gpu", "H100:2"), "--gpu is 'H100:2'"),
+        (("--gpu", "H100:9"), "--gpu is 'H100:9'"),
         (("--timeout", "soon"), "--timeout is 'soon'"),
         (("--config", "huge", "--gpu", "none"), "'huge'"),
     ],
