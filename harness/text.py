@@ -38,8 +38,14 @@ def standard_library() -> Corpus:
 
 
 def text_batch(batch: int, length: int, seed: int) -> torch.Tensor:
-    """`[B, L]` int64: `batch` excerpts of `length` − 1 bytes behind a BOS, at places drawn from `seed`."""
+    """`[B, L]` int64: `batch` excerpts of `length` − 1 bytes behind a BOS, at places drawn from `seed`.
+
+    Raises:
+        ValueError: `length` is as much as all of the text, or more.
+    """
     corpus = standard_library().data
+    if length >= len(corpus):
+        raise ValueError(f"length is {length}; the text has {len(corpus)} bytes, and a row must be shorter.")
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(corpus) - length, (batch,), generator=generator).tolist()
     rows = [[BOS, *corpus[start : start + length - 1]] for start in starts]

@@ -84,8 +84,7 @@ def plan_for(request: Request) -> Plan:
     config, options = config_of(request)
     config = subject.configured(config)
     length = request.seq_len if request.seq_len is not None else length_for(config, request.config)
-    if length < 8:
-        raise ValueError(f"--seq-len is {length}; it must be 8 or more.")
+    check_length(length, config)
     if config.vocab_size < 259:
         raise ValueError(
             f"vocab_size is {config.vocab_size}, but the text holds token ids up to 258 (bytes, bos, eos, pad): "
@@ -160,6 +159,21 @@ def length_for(config: DeepseekV32Config, name: str = "") -> int:
     # With no more than index_topk visible keys every one is selected. The longest packed document holds three quarters
     # of the tokens.
     return max(math.ceil(1.75 * config.index_topk) + 16, LENGTHS.get(name, 0))
+
+
+def check_length(length: int, config: DeepseekV32Config, flag: str = "--seq-len", shortest: int = 8) -> None:
+    """Refuse a row of `length` tokens that is too short to compare, or has more of them than the model has positions.
+
+    Raises:
+        ValueError: it is, as a sentence that names `flag`.
+    """
+    if length < shortest:
+        raise ValueError(f"{flag} is {length}; it must be {shortest} or more.")
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{flag} is {length}; the model has positions for {config.max_position_embeddings} tokens "
+            "(max_position_embeddings)."
+        )
 
 
 def checkpoint_state(path: Path) -> dict[str, torch.Tensor]:

@@ -177,6 +177,7 @@ def check_request(request: Request) -> Contest:
             dtype=request.dtype, backend=request.backend, seed=request.seed, overrides=request.overrides,
         )
     )  # fmt: skip
+    verify.check_length(lengths[-1], plan.config, "--lengths", SHORTEST)
     peers = [] if request.against == NONE else _words(request.against)
     if not peers and request.against != NONE:
         raise ValueError(f"--against is empty; it must name a contestant, or be {NONE}.")

@@ -23,7 +23,7 @@ from reports.text import duration
 from ..environment import capture, without_paths
 from ..runner import DTYPES
 from ..subjects import Subject, resolve_subject, with_backend
-from ..verify import AUTO, HUGE, SMALL, USAGE_ERROR, command_line, device_of, length_for, one_sentence
+from ..verify import AUTO, HUGE, SMALL, USAGE_ERROR, check_length, command_line, device_of, length_for, one_sentence
 from .judge import FAMILY, stages_of
 from .layer import LayerFiles
 from .needs import Needs, Rates, measure_rates, memory_warning, needs_of
@@ -45,6 +45,7 @@ from .walk import Walk
 NOTHING_VERIFIED, INTERRUPTED = 3, 130
 # Rows enough that a wrong selection shows, in a model whose index_topk is small.
 SHORTEST = 96
+REFERENCE = "reference (fp64), layer by layer"
 NEEDS_CAPABILITIES = ("model", "tape")
 
 
@@ -127,12 +128,13 @@ def size_of(request: Request, config: DeepseekV32Config) -> tuple[int, int, int]
     """Rows, tokens a row and layers of a walk.
 
     Raises:
-        ValueError: more layers than there are.
+        ValueError: more layers than there are, or a length that the model has no positions for.
     """
     layers = config.num_hidden_layers if request.until is None else request.until
     if layers > config.num_hidden_layers:
         raise ValueError(f"--until is {layers}; it must be 1 … {config.num_hidden_layers}, the number of layers.")
     length = request.seq_len if request.seq_len is not None else max(length_for(config), SHORTEST)
+    check_length(length, config)
     large = config.n_routed_experts * config.moe_intermediate_size * config.hidden_size > HUGE
     return request.batch if request.batch is not None else 1 if large else 2, length, layers
 
@@ -178,7 +180,7 @@ def verify_layers(request: Request, console: Console) -> int:
     try:
         _check_out(request)
         job = job_for(request)
-        state = restore(request.out, job.identity) if request.resume else None
+        state = _state_of(job) if request.resume else None
         begin_in(request.out)
     except ValueError as error:
         print_line(errors, f"v32 verify: {one_sentence(error)}")
@@ -215,10 +217,34 @@ def _check_out(request: Request) -> None:
         )
 
 
+def _state_of(job: Job) -> State | None:
+    """What the walk in `--out` has done; None where it has not done a layer.
+
+    Raises:
+        ValueError: the folder holds another run, or the walk is farther than `--until`, which would drop its layers.
+    """
+    out = job.request.out
+    state = restore(out, job.identity)
+    if state is None and (out / RUN_FILE).exists():
+        # Empty where the process died before its first line.
+        header = read_run(out).header
+        if header and header.get("reference") != REFERENCE:
+            raise ValueError(
+                f"--resume: {out / RUN_FILE} is of {header.get('command', 'another run')!r}, and not of a walk; "
+                "name the --out of a walk, or a new one."
+            )
+    if state is not None and state.layer > job.layers:
+        raise ValueError(
+            f"--until is {job.layers}, but the walk in {out} has done {state.layer} layers; ask for as many or more, or "
+            "name another --out."
+        )
+    return state
+
+
 def _walked(job: Job, state: State | None, console: Console) -> None:
     """Walk the layers behind `state`, and record each as it is done."""
     out, walk = job.request.out, job.walk
-    done = 0 if state is None else min(state.layer, job.layers)
+    done = 0 if state is None else state.layer
     before = read_before(out, done) if done else None
     with ExitStack() as stack:
         writer = stack.enter_context(open_record(out, _header(job), done))
@@ -281,7 +307,7 @@ def _header(job: Job) -> Mapping[str, JSON]:
     )
     return {
         "subject": walk.subject.name,
-        "reference": "reference (fp64), layer by layer",
+        "reference": REFERENCE,
         "claim": f"{walk.subject.name} agrees with the reference in {job.layers} of {config.num_hidden_layers} layers of {name}",
         "config": name,
         "config_fields": json.loads(config.to_json_string(use_diff=False)),

@@ -101,7 +101,7 @@ def job_for(request: Request) -> Job:
         raise ValueError(f"--stage is {request.stage!r}; allowed are {', '.join(STAGES)}.")
     if request.dtype not in ITEMSIZES:
         raise ValueError(f"--dtype is {request.dtype!r}; allowed are {', '.join(ITEMSIZES)}.")
-    for name, number in (("seq-len", request.seq_len), ("batch", request.batch), ("rank", request.rank)):
+    for name, number in (("batch", request.batch), ("rank", request.rank)):
         if number < 1:
             raise ValueError(f"--{name} is {number}; it must be 1 or more.")
     if not 0 <= request.headroom < 1:
@@ -110,11 +110,7 @@ def job_for(request: Request) -> Job:
         if amount is not None and not 0 < amount < float("inf"):
             raise ValueError(f"--{name} is {amount}; it must be a number above 0.")
     config = _config(request)
-    if request.seq_len > config.max_position_embeddings:
-        raise ValueError(
-            f"--seq-len is {request.seq_len}; the model has positions for {config.max_position_embeddings} tokens "
-            "(max_position_embeddings)."
-        )
+    verify.check_length(request.seq_len, config, shortest=1)
     stage = stage_for(request.stage, config)
     if request.attention is not None:
         if request.stage != "sft" or request.attention not in ("dense", "sparse"):

@@ -17,9 +17,9 @@ from harness.layerwise.layer import LayerFiles
 from harness.layerwise.needs import needs_of, official_bytes
 from harness.layerwise.progress import STATE_FILE
 from harness.layerwise.tokens import tokens
-from harness.text import text_batch
+from harness.text import standard_library, text_batch
 from reference import DeepseekV32Config
-from reports.records import Status, read_run
+from reports.records import RunWriter, Status, read_run
 from reports.stages import first_beyond, stage_errors
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +214,34 @@ def test_a_walk_of_fewer_layers_is_extended(checkpoint, tmp_path):
     assert answers(tmp_path).keys() == EVERY
 
 
+def test_a_walk_that_is_farther_keeps_its_layers(checkpoint, tmp_path, capsys):
+    assert walk(checkpoint, tmp_path, until=2) == 0
+    before = (tmp_path / "run.jsonl").read_bytes()
+    assert walk(checkpoint, tmp_path, until=1, resume=True) == 2
+    assert "--until is 1, but the walk in" in capsys.readouterr().err
+    assert (tmp_path / "run.jsonl").read_bytes() == before
+    assert walk(checkpoint, tmp_path, resume=True) == 0
+    assert answers(tmp_path).keys() == EVERY
+
+
+def test_the_record_of_another_command_is_not_gone_on_with(checkpoint, tmp_path, capsys):
+    with RunWriter(tmp_path / "run.jsonl", {"subject": "optimized", "command": "v32 plan"}):
+        pass
+    before = (tmp_path / "run.jsonl").read_bytes()
+    assert walk(checkpoint, tmp_path, until=1, resume=True) == 2
+    assert "is of 'v32 plan', and not of a walk" in capsys.readouterr().err
+    assert (tmp_path / "run.jsonl").read_bytes() == before
+
+
+def test_a_walk_that_was_cut_before_its_first_layer_begins_again(checkpoint, tmp_path):
+    assert walk(checkpoint, tmp_path, until=1) == 0
+    (tmp_path / STATE_FILE).unlink()
+    assert walk(checkpoint, tmp_path, until=1, resume=True) == 0
+    (tmp_path / STATE_FILE).unlink()
+    (tmp_path / "run.jsonl").write_text("")
+    assert walk(checkpoint, tmp_path, until=1, resume=True) == 0
+
+
 def test_another_run_is_not_gone_on_with(checkpoint, tmp_path, capsys):
     walk(checkpoint, tmp_path, until=1)
     assert walk(checkpoint, tmp_path, until=1) == 2
@@ -233,6 +261,7 @@ def test_another_run_is_not_gone_on_with(checkpoint, tmp_path, capsys):
         ({"until": 4}, "--until is 4; it must be 1 … 3"),
         ({"until": 0}, "--until is 0"),
         ({"seq_len": 4}, "--seq-len is 4"),
+        ({"seq_len": 10**7}, "--seq-len is 10000000; the model has positions for 163840 tokens"),
         ({"batch": 0}, "--batch is 0"),
         ({"revision": "main"}, "is a folder, which has no revisions"),
         ({"backend": "fast"}, "fast"),
@@ -298,3 +327,10 @@ def test_bytes_in_a_larger_vocabulary_make_no_loss_that_means_something(checkpoi
     _, of_v32 = tokens(checkpoint, DeepseekV32Config.preset("v32"), 1, 20, 0)
     assert (of_bytes["loss_means"], of_v32["loss_means"]) == (True, False)
     assert "tokenizer.json" in of_v32["tokens"]
+
+
+def test_a_row_is_shorter_than_the_text():
+    whole = len(standard_library().data)
+    assert text_batch(1, whole - 1, 0).shape == (1, whole - 1)
+    with pytest.raises(ValueError, match=f"length is {whole}; the text has {whole} bytes"):
+        text_batch(1, whole, 0)

@@ -87,6 +87,7 @@ def bench(**fields):
     [
         (["--config", "huge"], "'huge'; available: tiny, mini, bench, small, medium"),
         (["--lengths", "512,4"], "--lengths names '4'; lengths are numbers of tokens, 8 or more"),
+        (["--lengths", "512,10000000"], "--lengths is 10000000; the model has positions for 163840 tokens"),
         (["--lengths", "many"], "'many'"),
         (["--lengths", "-512"], "-512"),
         (["--lengths", ","], "--pass and --lengths must each name something"),

@@ -100,6 +100,7 @@ def refused(capsys, *words):
         (["--backend", "vulkan"], "'vulkan'"),
         (["--backend", "torch", "--subject", "transformers"], "has no operators to choose"),
         (["--seq-len", "3"], "--seq-len is 3; it must be 8 or more"),
+        (["--seq-len", "10000000"], "--seq-len is 10000000; the model has positions for 163840 tokens"),
         (["--seq-len", "long"], "--seq-len"),
         (["--batch", "0"], "--batch is 0"),
         (["--seed", "-1"], "--seed is -1"),
