@@ -267,7 +267,8 @@ def run_training(request: Request, console: Console) -> int:
         job = job_for(request)
         _check_out(request)
     except ValueError as error:
-        print_line(errors, f"v32 train: {one_sentence(error)}")
+        # Each rank says so: torchrun stops all of them once one has ended, and the first may not have spoken yet.
+        print_line(Console(stderr=True), f"v32 train: {one_sentence(error)}")
         return USAGE_ERROR
     try:
         with connected(job.layout, job.device):

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from harness.training.command import Request, run_training
 from harness.training.ranks import layout_of
 from reports.records import read_run
 from suites.distributed import training
@@ -69,6 +71,18 @@ def test_a_layout_that_cannot_be_is_refused(
         monkeypatch.setenv("WORLD_SIZE", running)
     with pytest.raises(ValueError, match=sentence):
         layout_of(text)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_any_rank_that_ends_first_says_what_is_wrong(
+    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    request = Request(stage="sparse", parallel="fsdp=2,cp=2", out=tmp_path / "out")
+    assert run_training(request, Console()) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == "v32 train: --parallel fsdp=2,cp=2 is for 4 ranks; 2 are running."
 
 
 def torchrun(ranks: int, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
