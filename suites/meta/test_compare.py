@@ -32,9 +32,12 @@ def check(name="parity.logits", value=0.3, status=Status.VERIFIED, case="text", 
                    measures=(Measure("max", value, 1.0),), nulls=(NullCandidate("zeros", True),), **fields)  # fmt: skip
 
 
-def bench(path, seed, *, slower=(), factor=1.5, load=1.0, samples=LEAST_SAMPLES, checks=None, **changes):
-    """A run as a loaded machine measures it: noise with a tail, bursts of neighbours, and its own rate beside it."""
-    draw = random.Random(seed)
+def bench(path, seed, *, slower=(), larger=(), factor=1.5, load=1.0, samples=LEAST_SAMPLES, checks=None, **changes):
+    """A run as a loaded machine measures it: noise with a tail, bursts of neighbours, and its own rate beside it.
+
+    Of memory a process keeps more or less, the same in all of its samples.
+    """
+    draw, process = random.Random(seed), random.Random(f"memory of {seed}")
 
     def noisy(middle):
         burst = draw.uniform(1.2, 1.8) if draw.random() < 0.1 else 1.0
@@ -49,7 +52,9 @@ def bench(path, seed, *, slower=(), factor=1.5, load=1.0, samples=LEAST_SAMPLES,
                 found = [noisy(middle) for _ in range(samples)]
                 writer.write(point(contestant, pass_, length, "seconds", found, "s"))
                 writer.write(point(contestant, pass_, length, "wall", [2 * value for value in found], "s"))
-                peaks = [length / 10 + draw.choice((0.0, 0.1, 0.4)) for _ in range(samples)]
+                kept = process.uniform(-1.6, 1.6)
+                peak = length / 50 * (factor if (pass_, length) in larger and contestant == "optimized" else 1.0)
+                peaks = [peak + kept + draw.choice((0.0, 0.1, 0.4)) for _ in range(samples)]
                 writer.write(point(contestant, pass_, length, "peak_mib", peaks, "MiB"))
             rates = [100 / load * (1 + draw.gauss(0, 0.03)) for _ in range(samples)]
             writer.write(point("machine", pass_, length, "gflops", rates, "GFLOP/s"))
@@ -90,6 +95,16 @@ def test_a_slowdown_is_found_twenty_times_of_twenty_and_nothing_else(tmp_path):
         after = bench(tmp_path / f"b{number}", 900 + number, samples=15, slower=[slower])
         found = compare(read_run(before), read_run(after))
         assert [name.split(", ")[1:3] for name in found.worse] == [[slower[0], f"L {slower[1]}"]]
+
+
+def test_more_memory_is_found_and_what_a_process_keeps_is_not(tmp_path):
+    before = bench(tmp_path / "a", 1, samples=15)
+    found = compare(read_run(before), read_run(bench(tmp_path / "b", 2, samples=15, larger=[("fwd", 2048)])))
+    assert [name.split(", ")[1:4] for name in found.worse] == [["fwd", "L 2048", "peak growth"]]
+    # Half as much again of 10 MiB is less than what two processes of one program can differ by.
+    found = compare(read_run(before), read_run(bench(tmp_path / "c", 3, samples=15, larger=[("fwd", 512)])))
+    assert found.exit_code == 0
+    assert any("by which processes of one program differ" in drift.why for drift in found.times)
 
 
 def test_what_slows_the_whole_machine_is_no_regression(tmp_path):
