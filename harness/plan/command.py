@@ -109,6 +109,8 @@ def job_for(request: Request) -> Job:
     for name, amount in (("tokens", request.tokens), ("price", request.price)):
         if amount is not None and not 0 < amount < float("inf"):
             raise ValueError(f"--{name} is {amount}; it must be a number above 0.")
+    if request.price is not None and request.tokens is None:
+        raise ValueError(f"--price is {request.price}, which needs --tokens, the run that is paid for.")
     config = _config(request)
     verify.check_length(request.seq_len, config, shortest=1)
     stage = stage_for(request.stage, config)
@@ -120,6 +122,10 @@ def job_for(request: Request) -> Job:
     cluster = Cluster.parse(request.gpus)
     fixed = ParallelLayout.parse(request.parallel) if request.parallel is not None else None
     if fixed is not None:
+        if fixed.world != cluster.count:
+            raise ValueError(
+                f"--parallel is {request.parallel!r}, a layout for {fixed.world} GPUs; --gpus is {cluster}: one GPU a rank."
+            )
         fixed.check(config, cluster.count)
         if lora and fixed.world > 1:
             raise ValueError(
