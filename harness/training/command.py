@@ -22,7 +22,7 @@ from reference.checkpoint import read_config
 from reference.training import LORA_MODULES, LoraPart, add_lora, lora_parts, merge_lora
 from reports.files import begin_in, files_written, write_reports
 from reports.live import LiveTraining
-from reports.records import RecordError, read_run, run_exit_code
+from reports.records import RUN_FILE, RecordError, read_run, run_exit_code
 from reports.strict_json import JSON
 from reports.terminal import print_line, render
 
@@ -322,6 +322,14 @@ def _check_out(request: Request) -> None:
             f"--out is {str(request.out)!r}, which holds a run that has done {found[-1][0]} steps; "
             "add --resume to go on with it, or name another folder."
         )
+    if request.resume and not found and (request.out / RUN_FILE).exists():
+        # Empty where the process died before its first line.
+        header = read_run(request.out).header
+        if header and "training" not in header:
+            raise ValueError(
+                f"--resume: {request.out / RUN_FILE} is of {header.get('command', 'another run')!r}, and not of a training; "
+                "name the --out of a training, or a new one."
+            )
 
 
 def _notes(job: Job) -> list[str]:

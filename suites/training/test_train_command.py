@@ -24,7 +24,7 @@ from optimized import DeepseekV32ForCausalLM
 from reference import DeepseekV32Config
 from reports.live import LiveTraining
 from reports.markdown import markdown
-from reports.records import read_run, run_exit_code
+from reports.records import RunWriter, read_run, run_exit_code
 from reports.schema import Event, Run
 from reports.training import training
 from suites.support import assert_same, text
@@ -239,6 +239,22 @@ def test_a_run_is_not_overwritten(here, capsys):
         "folder.\n"
     )
     assert weights_of("out") == before
+
+
+def test_the_record_of_another_command_is_not_gone_on_with(here, capsys):
+    with RunWriter(Path("out/run.jsonl"), {"subject": "optimized", "command": "v32 plan"}):
+        pass
+    before = Path("out/run.jsonl").read_bytes()
+    assert trained("dense", "out", "--resume") == 2
+    assert "out/run.jsonl is of 'v32 plan', and not of a training" in capsys.readouterr().err
+    assert Path("out/run.jsonl").read_bytes() == before
+
+
+def test_a_training_that_was_cut_before_its_first_state_begins_again(here):
+    assert trained("dense", "out") == 0
+    shutil.rmtree("out/state")
+    assert trained("dense", "out", "--resume") == 0
+    assert len(steps_of("out")) == 6
 
 
 def test_a_state_of_another_run_ends_with_one_sentence(here, capsys):
