@@ -5,6 +5,7 @@ among them. Not seen is what is no tensor: code, threads, small buffers of the n
 """
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ class Measured:
 
 def peak_of(run: Callable[[], Any]) -> int:
     """The most bytes that were allocated at once during `run`, beyond those before it."""
+    # Some builds of torch tell the terminal of each profile, at a level above that of errors.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # What is collected during the run would count as set free by it.
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

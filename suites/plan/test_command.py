@@ -1,6 +1,9 @@
 """`v32 plan`: what it writes and shows, its exit codes, and one sentence for every request that cannot be planned."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +15,7 @@ from reports.html import html
 from reports.records import read_run
 from reports.schema import Status
 
+ROOT = Path(__file__).parents[2]
 QUICK = ("--config", "tiny", "--gpus", "2xH100", "--seq-len", "256", "--no-check")
 
 
@@ -98,6 +102,12 @@ def test_the_checks_of_a_run_verify_and_would_notice():
         assert verdict.status is Status.VERIFIED, verdict
         assert verdict.nulls
         assert all(null.rejected for null in verdict.nulls)
+
+
+def test_what_is_measured_leaves_the_terminal_alone():
+    program = "import torch; from harness.plan.measure import peak_of; assert peak_of(lambda: torch.ones(1000)) >= 4000"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "USDT" not in done.stdout + done.stderr
 
 
 def test_a_wrong_count_of_parameters_fails(monkeypatch):
