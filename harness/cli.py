@@ -428,7 +428,8 @@ def _elsewhere(
     if on == "local":
         given = {"--gpu": gpu, "--shard-timeout": shard_timeout, "--price": price, "--resume": resume or None}
         for flag in (flag for flag, value in given.items() if value is not None):
-            raise typer.BadParameter(f"{flag} belongs to --on modal, and this run is local.")
+            or_walk = " or --layerwise" if (flag, name) == ("--resume", "verify") else ""
+            raise typer.BadParameter(f"{flag} belongs to --on modal{or_walk}, and this run is local.")
         return None
     if on != "modal":
         raise typer.BadParameter(f"--on is {on!r}; allowed are local and modal.")

@@ -117,7 +117,7 @@ def refused(capsys, *words):
         (["--gpu", "H100"], "--gpu belongs to --on modal"),
         (["--shard-timeout", "60"], "--shard-timeout belongs to --on modal"),
         (["--price", "4"], "--price belongs to --on modal"),
-        (["--resume"], "--resume belongs to --on modal"),
+        (["--resume"], "--resume belongs to --on modal or --layerwise"),
         (["--on", "modal", "--gpu", "H100:9"], "--gpu is 'H100:9'"),
         (["--on", "modal", "--shard-timeout", "1"], "--shard-timeout is 1"),
         (["--on", "modal", "--price", "0"], "--price is 0"),
