@@ -24,7 +24,7 @@ SHOWN_BY: dict[str, Question] = {
     "kl-rows-counted-locally": DATA,
     "gradients-averaged-over-ranks": DATA,
     "kl-too-small-by-the-ranks-of-cp": CP_DENSE,
-    "target-of-local-heads": TP,
+    "target-of-a-rank-s-heads": TP,
     "divergence-before-the-sum-over-heads": TP,
     "sum-over-ranks-of-a-temporary": DATA,
     "a-selection-for-each-rank-of-tp": TP,

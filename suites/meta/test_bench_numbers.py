@@ -106,7 +106,8 @@ def test_memory_that_is_freed_inside_a_pass_is_seen(mib):
         return inner(model, ids)
 
     held.held.run_step = wasteful
-    assert mib - 1 <= held.run()["peak_mib"] <= before + mib + 1
+    # The allocator may take up to 8 MiB beside it, in a process that has run much else.
+    assert mib - 1 <= held.run()["peak_mib"] <= before + mib + 8
     held.held.run_step = inner
     # The mark is reset: what an earlier pass took does not stay.
     assert held.run()["peak_mib"] < before + 8

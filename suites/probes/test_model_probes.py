@@ -8,6 +8,7 @@ import torch
 from harness.cases import build_case, calibrated_state
 from harness.checks import CHECKS, SubjectError
 from harness.checks.base import Bench, Oracle
+from harness.probes import plug_in
 from harness.runner import missing_capability, status_of
 from harness.subjects import Subject, resolve_subject
 from reference import DeepseekV32Config
@@ -17,8 +18,11 @@ from suites.probes.wrong_training import WRONG
 CPU = torch.device("cpu")
 CONFIG = DeepseekV32Config.preset("tiny")
 SEED = 5
+# Those of plugged models are tried on plugged models: suites/meta/test_verify.py, harness/mutants/catalogue/plug_in.py.
 PROBES = {
-    check.name.removeprefix("probes."): check for check in CHECKS if check.family == "probes" and "whole" in check.modes
+    check.name.removeprefix("probes."): check
+    for check in CHECKS
+    if check.family == "probes" and "whole" in check.modes and check not in plug_in.CHECKS
 }
 
 

@@ -30,7 +30,7 @@ MUTANTS = [
         "Megatron-LM #4070", (PARALLELIZE, "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(data.size()))")),
     bug("D02", "kl-too-small-by-the-ranks-of-cp", "optimized", "The KL is averaged over the ranks of a sequence.",
         "Megatron-LM #3674 (review)", (MODEL, _KL_SUM, _KL_SUM + " / self.ranks.layout.cp")),
-    bug("D11", "target-of-local-heads", "optimized", "p is that of the rank's own heads.", "spec 5.2 D11",
+    bug("D11", "target-of-a-rank-s-heads", "optimized", "p is that of the rank's own heads.", "spec 5.2 D11",
         (PARTS, _HEAD_SUM, "return p")),
     bug("D11", "divergence-before-the-sum-over-heads", "optimized", "Each rank takes the KL of its heads; the KLs are averaged.",
         "spec 5.2 D11", (PARTS, _KL, 'kl_sum, _ = indexer_kl(*inputs, backend="torch")\n'
