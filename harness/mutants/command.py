@@ -113,15 +113,15 @@ def run_mutants(
     os.environ |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
         try:
-            backends = dict.fromkeys(mutant.backend for mutant in chosen)
-            clean = {backend: pool.submit(matrix.pass_of_unpatched, backend, without) for backend in backends}
+            kinds = dict.fromkeys(_kind(mutant) for mutant in chosen)
+            clean = {kind: pool.submit(matrix.pass_of_unpatched, kind[0], without, kind[1]) for kind in kinds}
             killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in chosen}
             alarms = [pool.submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
             started("the model without a patch", "")
-            unpatched = {backend: future.result() for backend, future in clean.items()}
+            unpatched = {kind: future.result() for kind, future in clean.items()}
             for done in as_completed(killed):
                 found, seconds = done.result()
-                yield verdict_of(killed[done], found, unpatched[killed[done].backend], seconds)
+                yield verdict_of(killed[done], found, unpatched[_kind(killed[done])], seconds)
             if alarms:
                 example = _timed_result(killed)
                 passes = []
@@ -133,6 +133,11 @@ def run_mutants(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _kind(mutant: Mutant) -> tuple[str | None, str | None]:
+    """What the copy without a patch, which a mutant is compared with, must run on: operators, and transformers' class."""
+    return mutant.backend, matrix.plugged_class(mutant)
 
 
 def _timed(run: Callable[..., Pass], *args: Any) -> tuple[Pass, float]:

@@ -81,10 +81,9 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
     """The subject built from our own code with `mutant`'s patches, while the block lasts."""
     with patched_copy(mutant.patches) as copy:
         package = getattr(copy, mutant.of)
-        if any(patch.file.startswith(PLUG_IN) for patch in mutant.patches):
-            glm = any(Path(patch.file).stem == MODULES[GLM] for patch in mutant.patches)
+        if class_name := plugged_class(mutant):
             with transformers_as_it_was():
-                yield plugged(f"mutant:{mutant.name}", GLM if glm else DEEPSEEK, package)
+                yield plugged(f"mutant:{mutant.name}", class_name, package)
             return
         operators = optimized_operators(package.ops) if mutant.of == "optimized" and _has_operators(mutant) else {}
         subject = ours(f"mutant:{mutant.name}", package.DeepseekV32ForCausalLM, operators)
@@ -97,6 +96,13 @@ def mutant_subject(mutant: Mutant) -> Iterator[Subject]:
 PLUG_IN = "optimized/plug_in/"
 # What the operators are made of.
 OPERATOR_FOLDERS = ("optimized/ops/", "optimized/native/", "optimized/kernels/")
+
+
+def plugged_class(mutant: Mutant) -> str | None:
+    """transformers' class that a fault of the plug-in is tried on; None for every other fault."""
+    if not any(patch.file.startswith(PLUG_IN) for patch in mutant.patches):
+        return None
+    return GLM if any(Path(patch.file).stem == MODULES[GLM] for patch in mutant.patches) else DEEPSEEK
 
 
 def _has_operators(mutant: Mutant) -> bool:
@@ -220,11 +226,18 @@ def pass_of_mutant(name: str, without: frozenset[str] = frozenset()) -> Pass:
         return one_pass(subject, SEED, without, _oracles_of(subject))
 
 
-def pass_of_unpatched(backend: str | None = None, without: frozenset[str] = frozenset()) -> Pass:
+def pass_of_unpatched(
+    backend: str | None = None, without: frozenset[str] = frozenset(), class_name: str | None = None
+) -> Pass:
     """The pass of a copy without any patch: what a check says of it, it would say of a mutant for no reason.
 
-    On the implementation `backend` of its operators: a mutant is compared with the copy that runs as it does.
+    On the implementation `backend` of its operators, or in transformers' class `class_name`: a mutant is compared with
+    the copy that runs as it does.
     """
+    if class_name is not None:
+        with patched_copy(()) as copy, transformers_as_it_was():
+            subject = plugged("mutant:none", class_name, copy.optimized)
+            return one_pass(subject, SEED, without, _oracles_of(subject))
     with mutant_subject(Mutant("none", "", "optimized", "no patch", "", (), backend)) as subject:
         return one_pass(subject, SEED, without, _oracles_of(subject))
 
