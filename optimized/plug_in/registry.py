@@ -3,7 +3,7 @@
 Two seams:
 
 1. `register_patch_mapping`, for the parts of a model: layer, attention, indexer. `from_pretrained` and `from_config` build
-   with it by themselves; a constructor that is called directly does so by `apply_patches`.
+   with it by themselves; while a constructor is called directly, the names in its own module are replaced.
 2. For the models themselves, backbone and causal LM, there is no seam: whoever imported the class holds it. So their
    `__init__` is wrapped: what it has built becomes a model of our subclass, which has the same name.
 
@@ -121,7 +121,7 @@ def _install() -> None:
                 undo.callback(setattr, family.upstream, name, getattr(family.upstream, name))
             for original, ours in family.MODELS.items():
                 undo.callback(setattr, original, "__init__", original.__init__)
-                _wrap_init(original, ours)
+                _wrap_init(original, ours, family.PARTS)
         register_patch_mapping(parts)
         undo.callback(_unregister, parts)
         _hush_aliases(undo)
@@ -152,12 +152,12 @@ def _put_back(table: dict[str, Any], entries: dict[str, Any]) -> None:
     table.update(entries)
 
 
-def _wrap_init(original: type[Any], ours: type[Any]) -> None:
+def _wrap_init(original: type[Any], ours: type[Any], parts: dict[str, Any]) -> None:
     init: Callable[..., None] = original.__init__
 
     @wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _parts_replaced(sys.modules[original.__module__]):
+        with _parts_replaced(sys.modules[original.__module__], parts):
             init(self, *args, **kwargs)
         if type(self) is original:
             self.__class__ = ours
@@ -167,18 +167,18 @@ def _wrap_init(original: type[Any], ours: type[Any]) -> None:
 
 
 @contextmanager
-def _parts_replaced(modeling: Any) -> Iterator[None]:
-    """The registered parts in the place of those of `modeling`, also where a construction within fails."""
-    from transformers.monkey_patching import apply_patches, get_patch_mapping
+def _parts_replaced(modeling: Any, parts: dict[str, Any]) -> Iterator[None]:
+    """Our `parts` in the place of those of `modeling`, the one module whose names a constructor looks up.
 
-    if any(getattr(modeling, name, None) is part for name, part in get_patch_mapping().items()):
-        # By from_pretrained, from_config, or the causal LM around this backbone.
+    `apply_patches` would ask every module of transformers for its names, a third of a second each time.
+    """
+    theirs = {name: getattr(modeling, name) for name in parts}
+    # By from_pretrained, from_config, or the causal LM around this backbone, they are there already.
+    if any(theirs[name] is part for name, part in parts.items()):
         yield
         return
-    patches = apply_patches()
-    patches.__enter__()
+    vars(modeling).update(parts)
     try:
         yield
     finally:
-        # As if nothing had been raised: at an error, apply_patches would put nothing back.
-        patches.__exit__(None, None, None)
+        vars(modeling).update(theirs)
