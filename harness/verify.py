@@ -14,9 +14,9 @@ from rich.console import Console
 from optimized import implementations
 from reference import DeepseekV32Config, DeepseekV32ForCausalLM
 from reference.checkpoint import read_config
-from reports.files import begin_in, files_written, write_reports
-from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code
-from reports.terminal import Progress, print_line, render
+from reports.files import begin_in, finish
+from reports.records import RUN_FILE, RunWriter
+from reports.terminal import Progress, print_line
 
 from .cases import calibrated_state
 from .environment import capture
@@ -224,11 +224,11 @@ def verify(request: Request, console: Console) -> int:
             for verdict in run(plan, progress):
                 writer.write(verdict)
     except KeyboardInterrupt:
-        return _finish(request.out, console) or 130
+        return finish(request.out, console) or 130
     except OSError as error:
         print_line(Console(stderr=True), f"v32 verify: {request.out} cannot be written: {error.strerror or error}.")
         return 3
-    return _finish(request.out, console)
+    return finish(request.out, console)
 
 
 def command_line(name: str) -> list[str]:
@@ -244,14 +244,6 @@ def implementations_of(plan: Plan, backend: str | None) -> dict[str, dict[str, s
         dtype: implementations(plan.config, plan.length, backend=backend, device=plan.device, dtype=DTYPES[dtype])
         for dtype in plan.dtypes
     }
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)
 
 
 def one_sentence(error: Exception) -> str:

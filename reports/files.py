@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+
 from reports.junit import junit
 from reports.markdown import markdown
-from reports.records import RUN_FILE, Run, write_text_atomically
+from reports.records import RUN_FILE, Run, read_run, run_exit_code, write_text_atomically
 from reports.summary import summary
+from reports.terminal import print_line, render
 
 MARKDOWN_FILE, HTML_FILE, JUNIT_FILE, JSON_FILE = "report.md", "report.html", "junit.xml", "report.json"
 REPORT_FILES = (MARKDOWN_FILE, HTML_FILE, JUNIT_FILE, JSON_FILE)
@@ -29,6 +32,22 @@ def write_reports(folder: Path, run: Run) -> None:
 def files_written(folder: Path) -> str:
     """The line that a command ends with: where its records are, and the reports beside them."""
     return f"Records: {folder / RUN_FILE} · reports: {', '.join(REPORT_FILES)}"
+
+
+def finish(folder: Path, console: Console, *beside: str) -> int:
+    """End a run: write the reports of the record in `folder`, say where they are and what is `beside` them, and show it.
+
+    Returns:
+        The exit code of the run.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    run = read_run(folder)
+    write_reports(folder, run)
+    print_line(console, " · ".join((files_written(folder), *beside)))
+    render(run, console)
+    return run_exit_code(run)
 
 
 def begin_in(folder: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 import transformers
 from rich.console import Console
 
-from reports.files import begin_in, files_written, write_reports
-from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
+from reports.files import begin_in, finish
+from reports.records import RUN_FILE, RunWriter, Verdict
 from reports.schema import FAILING, Status
-from reports.terminal import Progress, print_line, render
+from reports.terminal import Progress, print_line
 from reports.timings import FAMILY, QUANTITIES
 
 from .. import verify
@@ -247,11 +247,11 @@ def bench(request: Request, console: Console) -> int:
         with RunWriter(request.out / RUN_FILE, header) as writer, Progress(console, total=total) as progress:
             _run(contest, writer, progress)
     except KeyboardInterrupt:
-        return _finish(request.out, console) or 130
+        return finish(request.out, console) or 130
     except OSError as error:
         print_line(errors, f"v32 bench: {request.out} cannot be written: {error.strerror or error}.")
         return 3
-    return _finish(request.out, console)
+    return finish(request.out, console)
 
 
 def _header(contest: Contest) -> dict[str, object]:
@@ -277,14 +277,6 @@ def _header(contest: Contest) -> dict[str, object]:
         # What else runs on the machine is a part of the conditions.
         "environment": {**environment, "load_average": load},
     }  # fmt: skip
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)
 
 
 @dataclass(slots=True)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from reports.files import begin_in, files_written, write_reports
-from reports.records import read_run, run_exit_code
-from reports.terminal import print_line, render
+from reports.files import begin_in, finish
+from reports.terminal import print_line
 
 from ..environment import git_state, without_paths
 from .fan_out import Place, fan_out
@@ -216,21 +215,12 @@ def _on_modal(name: str, shards: Any, settings: Settings, console: Console) -> i
         print_line(Console(stderr=True), f"v32 {name}: Modal refused: {' '.join(str(error).split())}")
         return CANNOT
     # After Modal's own last words, so that the verdict is the last line.
-    return code or report(settings.out, console)
+    return code or finish(settings.out, console)
 
 
 def dispatch(shards: Sequence[Shard], settings: Settings, place_for: Any, console: Console) -> int:
     """Run `shards` at the place that `place_for(run name)` gives; returns the exit code of the one record they make."""
-    return collect(shards, settings, place_for, console) or report(settings.out, console)
-
-
-def report(out: Path, console: Console) -> int:
-    """Write the reports of the record in `out`, and show it; returns its exit code."""
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)
+    return collect(shards, settings, place_for, console) or finish(settings.out, console)
 
 
 def collect(shards: Sequence[Shard], settings: Settings, place_for: Any, console: Console) -> int:

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from optimized import implementations
 from reference import DeepseekV32Config
-from reports.files import begin_in, files_written, write_reports
-from reports.records import JSON, RUN_FILE, Measurement, RecordError, RunWriter, read_run, run_exit_code
-from reports.terminal import Progress, print_line, render
+from reports.files import begin_in, finish
+from reports.records import JSON, RUN_FILE, Measurement, RecordError, RunWriter, read_run
+from reports.terminal import Progress, print_line
 from reports.text import duration
 
 from ..environment import capture, without_paths
@@ -191,23 +191,23 @@ def verify_layers(request: Request, console: Console) -> int:
     try:
         _walked(job, state, console)
     except KeyboardInterrupt:
-        _finish(request.out, console)
+        finish(request.out, console)
         print_line(console, f"Interrupted. {_how_to_go_on(request)}")
         return INTERRUPTED
     except torch.OutOfMemoryError as error:
-        _finish(request.out, console)
+        finish(request.out, console)
         print_line(errors, f"v32 verify: {one_sentence(error)} {_how_to_go_on(request)}")
         return NOTHING_VERIFIED
     except ValueError as error:
         if not isinstance(error, RecordError) and (request.out / RUN_FILE).exists():
-            _finish(request.out, console)
+            finish(request.out, console)
         print_line(errors, f"v32 verify: {one_sentence(error)}")
         return USAGE_ERROR
     except OSError as error:
         why = error.strerror or one_sentence(error)
         print_line(errors, f"v32 verify: {request.out} cannot be written: {why.rstrip('.')}. {_how_to_go_on(request)}")
         return NOTHING_VERIFIED
-    return _finish(request.out, console)
+    return finish(request.out, console)
 
 
 def _check_out(request: Request) -> None:
@@ -342,11 +342,3 @@ def _named(source: Source) -> str:
 def _how_to_go_on(request: Request) -> str:
     kept = "The layers that are done are kept" if (request.out / STATE_FILE).exists() else "No layer was done yet"
     return f"{kept}; the same command with --resume goes on."
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from reports.files import begin_in, files_written, write_reports
-from reports.records import RUN_FILE, RunWriter, Verdict, read_run, run_exit_code
+from reports.files import begin_in, finish
+from reports.records import RUN_FILE, RunWriter, Verdict
 from reports.schema import Measure, NullCandidate, Status
-from reports.terminal import Progress, print_line, render
+from reports.terminal import Progress, print_line
 
 from ..checks import CHECKS
 from ..environment import capture
@@ -89,19 +89,11 @@ def mutants(request: Request, console: Console) -> int:
                 writer.write(verdict)
                 progress.done(verdict)
     except KeyboardInterrupt:
-        return _finish(request.out, console) or 130
+        return finish(request.out, console) or 130
     except OSError as error:
         print_line(errors, f"v32 mutants: {request.out} cannot be written: {error.strerror or error}.")
         return 3
-    return _finish(request.out, console)
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)
+    return finish(request.out, console)
 
 
 def run_mutants(

@@ -20,11 +20,11 @@ import reference
 from reference import DeepseekV32Config
 from reference.checkpoint import read_config
 from reference.training import LORA_MODULES, LoraPart, add_lora, lora_parts, merge_lora
-from reports.files import begin_in, files_written, write_reports
+from reports.files import begin_in, finish
 from reports.live import LiveTraining
-from reports.records import RUN_FILE, RecordError, read_run, run_exit_code
+from reports.records import RUN_FILE, RecordError, read_run
 from reports.strict_json import JSON
-from reports.terminal import print_line, render
+from reports.terminal import print_line
 
 from .. import verify
 from ..environment import capture
@@ -299,7 +299,7 @@ def _run(job: Job, console: Console, errors: Console) -> int:
             print_line(console, "The stage failed: no checkpoint was saved.")
     except KeyboardInterrupt:
         if is_first():
-            _finish(request.out, console)
+            finish(request.out, console)
         print_line(console, f"Interrupted. {_how_to_go_on(request)}")
         return INTERRUPTED
     except (ValueError, RecordError) as error:
@@ -309,7 +309,7 @@ def _run(job: Job, console: Console, errors: Console) -> int:
         why = error.strerror or one_sentence(error)
         print_line(errors, f"v32 train: {request.out} cannot be written: {why.rstrip('.')}. {_how_to_go_on(request)}")
         return NOTHING_VERIFIED
-    code = on_first(lambda: _finish(request.out, console))
+    code = on_first(lambda: finish(request.out, console))
     if trained.problem is not None:
         print_line(errors, f"v32 train: {trained.problem}")
     return code
@@ -419,11 +419,3 @@ def _how_to_go_on(request: Request) -> str:
     found = states(request.out)
     kept = f"The state after {found[-1][0]} steps is kept" if found else "No state was written yet"
     return f"{kept}; go on with: {request.command(resume=True)}"
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, files_written(out))
-    render(records, console)
-    return run_exit_code(records)

@@ -8,9 +8,9 @@ import transformers
 from rich.console import Console
 
 from reference import DeepseekV32Config
-from reports.files import begin_in, files_written, write_reports
-from reports.records import RUN_FILE, RunWriter, read_run, run_exit_code
-from reports.terminal import Progress, print_line, render
+from reports.files import begin_in, finish
+from reports.records import RUN_FILE, RunWriter
+from reports.terminal import Progress, print_line
 
 from ..environment import capture
 from ..verify import USAGE_ERROR, command_line
@@ -52,11 +52,11 @@ def recipe(request: Request, console: Console) -> int:
     try:
         _run(request, config, console)
     except KeyboardInterrupt:
-        return _finish(request.out, console) or INTERRUPTED
+        return finish(request.out, console, f"weights: {request.out / WEIGHTS}") or INTERRUPTED
     except OSError as error:
         print_line(errors, f"v32 recipe: {request.out} cannot be written: {error.strerror or error}.")
         return 3
-    return _finish(request.out, console)
+    return finish(request.out, console, f"weights: {request.out / WEIGHTS}")
 
 
 def _run(request: Request, config: DeepseekV32Config, console: Console) -> None:
@@ -75,21 +75,17 @@ def _run(request: Request, config: DeepseekV32Config, console: Console) -> None:
     }
     with RunWriter(request.out / RUN_FILE, header) as writer, Progress(console, total=4 * request.seeds) as progress:
         done: list[Table] = []
-        for seed in range(request.seeds):
-            progress.start("train.recipe", f"seed {seed}")
-            keep = request.out / WEIGHTS
-            done.append(one_seed(config, seed, faults=faults, count=COUNT, stages=stage_for, keep=keep))
-            for verdict in verdicts(done[-1]):
-                writer.write(verdict)
-                progress.done(verdict)
-        whole = Table.joined(done)
-        for measurement in (*measurements(whole), *notices(whole)):
-            writer.write(measurement)
-
-
-def _finish(out: Path, console: Console) -> int:
-    records = read_run(out)
-    write_reports(out, records)
-    print_line(console, f"{files_written(out)} · weights: {out / WEIGHTS}")
-    render(records, console)
-    return run_exit_code(records)
+        try:
+            for seed in range(request.seeds):
+                progress.start("train.recipe", f"seed {seed}")
+                keep = request.out / WEIGHTS
+                done.append(one_seed(config, seed, faults=faults, count=COUNT, stages=stage_for, keep=keep))
+                for verdict in verdicts(done[-1]):
+                    writer.write(verdict)
+                    progress.done(verdict)
+        finally:
+            # Also of an interrupted run: the seeds that are done have their rows in the table.
+            if done:
+                whole = Table.joined(done)
+                for measurement in (*measurements(whole), *notices(whole)):
+                    writer.write(measurement)
