@@ -84,7 +84,7 @@ def capture(
         "command": None if command is None else [without_paths(part) for part in command],
         "seeds": dict(seeds or {}),
         "versions": versions(),
-        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "os": operating_system(),
         "cpu": cpu(),
         "memory_gib": memory_gib(),
         "gpu": gpus(),
@@ -112,6 +112,12 @@ def versions() -> dict[str, JSON]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def operating_system() -> str:
+    """The system, the processor's family and, where there is one, the C library, whose functions decide last bits."""
+    library = " ".join(part for part in platform.libc_ver() if part)
+    return ", ".join(part for part in (f"{platform.system()} {platform.machine()}", library) if part)
 
 
 def cpu() -> dict[str, JSON]:

@@ -16,8 +16,8 @@ CHECKPOINT = "checkpoint"
 # What a shard's process needs of this project, and so what a container is sent.
 PACKAGES = ("reference", "optimized", "reports", "harness", "suites")
 FILES = ("pyproject.toml", "constraints.txt", "conftest.py")
-# What tools leave behind; nothing else is left out, so that goldens, templates and C++ come along.
-LEFT_BEHIND = ("**/__pycache__", "**/*.pyc", "**/.*")
+# What tools leave behind, and reports of runs that are over; nothing else, so that goldens, templates and C++ come along.
+LEFT_BEHIND = ("**/__pycache__", "**/*.pyc", "**/.*", "**/published")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def source_files(root: Path = ROOT) -> Iterable[Path]:
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*")):
             inside = path.relative_to(root)
-            if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in inside.parts):
+            if path.is_file() and not any(part in ("__pycache__", "published") or part.startswith(".") for part in inside.parts):
                 yield path
     yield from (root / name for name in FILES)
 
