@@ -16,6 +16,8 @@ from .keeping import Kept
 from .shards import End, Shard, gpu_count
 
 FAMILY, EVENT = "dispatch", "shard"
+# What a header says of the machine that its shard ran on.
+_OF_THE_MACHINE = ("device", "environment")
 # The end of a log that stands in the record itself; the rest is in the shard's folder.
 LOG_LINES = 60
 # What a command ends with where all was verified, but slower or less accurate than its baseline.
@@ -53,11 +55,15 @@ def write_record(shards: Sequence[Shard], kept: Kept, about: About) -> None:
 
 
 def _header(shards: Sequence[Shard], kept: Kept, about: About) -> dict[str, JSON]:
+    records = [(shard, kept.record(shard)) for shard in shards]
+    headers = [(shard, run.header) for shard, run in records if run is not None]
     header: dict[str, JSON] = {}
-    for shard in shards:
-        found = kept.record(shard)
+    for _, found in headers:
         # The first shard's word stands; of the others what it does not say, such as "bench" or "training".
-        header = {**({} if found is None else found.header), **header}
+        header = {**found, **header}
+    # But not a CPU container's word on the machine: a comparison reads the GPU here.
+    on_gpu = next((found for shard, found in headers if shard.on_gpu and _has_gpu(found)), {})
+    header |= {key: on_gpu[key] for key in _OF_THE_MACHINE if key in on_gpu}
     suites = list(dict.fromkeys(shard.suite for shard in shards))
     if len(suites) > 1:
         header["claim"] = f"{', '.join(suites)} passed"
@@ -73,6 +79,11 @@ def _header(shards: Sequence[Shard], kept: Kept, about: About) -> dict[str, JSON
         },
         "environment": environment,
     }  # fmt: skip
+
+
+def _has_gpu(header: dict[str, JSON]) -> bool:
+    environment = header.get("environment")
+    return isinstance(environment, dict) and bool(environment.get("gpu"))
 
 
 def _copy(shard: Shard, kept: Kept, about: About, writer: RunWriter) -> int | None:
@@ -95,11 +106,13 @@ def _copy(shard: Shard, kept: Kept, about: About, writer: RunWriter) -> int | No
 
 
 def _facts(shard: Shard, end: End, run: Run | None, about: About) -> dict[str, JSON]:
+    # The price is a GPU's: what a container without one costs is not known.
+    price = about.price if shard.on_gpu and about.gpu else None
     return {
         "shard": shard.name, "suite": shard.suite, "command": shard.command, "problem": end.problem,
         "exit_code": end.exit_code, "attempts": end.attempts, "container": end.container, "seconds": end.seconds,
         "gpu_asked": list(about.gpu) if shard.on_gpu else [], "gpu": list(end.gpu),
-        "cost": None if about.price is None else round(about.price * gpu_count(about.gpu) * end.seconds / 3600, 4),
+        "cost": None if price is None else round(price * gpu_count(about.gpu) * end.seconds / 3600, 4),
         "environment": None if run is None else run.header.get("environment"),
     }  # fmt: skip
 

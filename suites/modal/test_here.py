@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -23,19 +25,20 @@ from harness.dispatch.command import (
 from harness.dispatch.fan_out import InfrastructureError, Place
 from harness.dispatch.keeping import Kept
 from harness.dispatch.local import log_tail, run_shard
+from harness.dispatch.merging import About, write_record
 from harness.dispatch.modal import gpu_list, has_cuda_error
 from harness.dispatch.shards import FILES, PACKAGES, End, Piece, Shard, fingerprint, verify_shards
 from harness.environment import ROOT
 from harness.verify import Request as VerifyRequest
-from reports.records import Status, read_run
+from reports.records import RunWriter, Status, read_run
 
 from . import command
 
 LIMIT = 60.0
 
 
-def stand_in(name: str) -> Shard:
-    return Shard(name, "stand-in", (name,), module="suites.modal.command", on_gpu=False)
+def stand_in(name: str, on_gpu: bool = False) -> Shard:
+    return Shard(name, "stand-in", (name,), module="suites.modal.command", on_gpu=on_gpu)
 
 
 @pytest.fixture
@@ -130,12 +133,43 @@ def test_without_resume_everything_is_run_again(here):
     assert runs.asked == ["fine", "fine"]
 
 
-def test_the_cost_is_seconds_times_the_price(here):
+def test_the_cost_is_seconds_times_the_price_of_the_gpus_that_were_asked_for(here):
+    settings = Settings(("H200:2",), int(LIMIT), 3600.0, False, here / "out")
+    # As a training on two GPUs, and a step beside it that asks for none.
+    shards = [replace(stand_in("fine", on_gpu=True), ranks=2), stand_in("slower")]
+    dispatch(shards, settings, Runs(here).place, Console(quiet=True))
+    facts = {event.data["shard"]: event.data for event in read_run(here / "out").events if event.kind == "shard"}
+    assert (facts["fine"]["gpu_asked"], facts["fine"]["seconds"], facts["fine"]["cost"]) == (["H200:2"], 2.0, 4.0)
+    assert (facts["slower"]["gpu_asked"], facts["slower"]["seconds"], facts["slower"]["cost"]) == ([], 2.0, None)
+
+
+def test_no_price_and_no_gpu_is_no_cost(here):
     runs = Runs(here)
     runs("fine", price=3600.0)
     (event,) = [event for event in runs.record().events if event.kind == "shard"]
-    assert (event.data["seconds"], event.data["cost"]) == (2.0, 2.0)
-    assert (event.data["gpu_asked"], event.data["gpu"]) == ([], ["H100"])
+    assert (event.data["gpu_asked"], event.data["cost"]) == ([], None)
+
+
+def written(folder: Path, device: str, gpu: list[str]) -> None:
+    """The record of a shard that ran on such a machine."""
+    folder.mkdir(parents=True)
+    with RunWriter(folder / "run.jsonl", {"device": device, "subject": device, "environment": {"gpu": gpu}}):
+        pass
+
+
+@pytest.mark.parametrize("names", list(permutations(("download", "layers", "other"))), ids="-".join)
+def test_the_merged_record_is_of_the_machine_with_the_gpu_in_whatever_order_shards_stand(names, here):
+    kept = Kept(here)
+    machines = {"download": ("cpu", []), "layers": ("cuda", ["H200"]), "other": ("cuda", [])}
+    shards = [stand_in(name, on_gpu=name != "download") for name in names]
+    # A shard that asked for a GPU and reports none is no witness of it.
+    for shard in shards:
+        written(kept.folder(shard), *machines[shard.name])
+    write_record(shards, kept, About("here", ("H200", "H100"), LIMIT, None, ("modal", "run"), None))
+    header = read_run(here).header
+    assert (header["device"], header["environment"]["gpu"]) == ("cuda", ["H200"])
+    # All else is still the first one's.
+    assert header["subject"] == machines[names[0]][0]
 
 
 def scripted(here, *attempts):
