@@ -5,6 +5,7 @@ from __future__ import annotations
 from reports import html_measured, html_verdicts
 from reports.page import Folded, Page, Section, Table, page
 from reports.records import Run, run_exit_code, verdict_line, why_not_complete
+from reports.shards import COLUMNS, shards
 from reports.view import environment_rows, what_ran_where
 
 _WORDS = {
@@ -14,6 +15,7 @@ _WORDS = {
 _SECTIONS = (
     html_verdicts.failures,
     lambda run: _ran(run),
+    lambda run: _shards(run),
     html_verdicts.budgets,
     html_verdicts.stages,
     html_verdicts.selection,
@@ -61,6 +63,12 @@ def _kicker(run: Run) -> str:
 def _ran(run: Run) -> Section | None:
     rows = [list(row) for row in what_ran_where(run) if row[1]]
     return Section("ran", "What ran where", [Table("The run", ("what", "value"), rows)]) if rows else None
+
+
+def _shards(run: Run) -> Section | None:
+    found = shards(run)
+    table = None if found is None else Table("Each shard, and its last attempt's time", COLUMNS, found.cells())
+    return None if table is None else Section("shards", "Shards", [table])
 
 
 def _environment(run: Run) -> Section | None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from reports.kills import FAMILY, catalogue_cells, kills
 from reports.recipe import sections
 from reports.records import Run, Verdict, verdict_line, why_not_complete
+from reports.shards import COLUMNS as SHARD_COLUMNS
+from reports.shards import shards
 from reports.text import clean, duration, number, one_line, sparkline, spread
 from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
 from reports.timings import FAMILY as BENCH
@@ -66,7 +68,7 @@ def code_block(text: str) -> str:
 
 def _page(run: Run, rows: int) -> str:
     labels = Labels(run)
-    parts = [_headline(run), _list(what_ran_where(run)), *_failures(run, labels, rows)]
+    parts = [_headline(run), _list(what_ran_where(run)), *_shards(run, rows), *_failures(run, labels, rows)]
     parts += _kills(run, rows) + _timings(run, rows) + _training(run, rows)
     for family, verdicts in families(run).items():
         if family in (FAMILY, BENCH):
@@ -96,6 +98,11 @@ def _headline(run: Run) -> str:
         after = f"The record holds {seen} lines after its header."
         lines.append(f"**This report is not of a whole run:** {escape(stopped)}. {after}")
     return "\n\n".join(lines)
+
+
+def _shards(run: Run, rows: int) -> list[str]:
+    found = shards(run)
+    return [] if found is None else ["### Shards", _table(SHARD_COLUMNS, found.cells(), rows)]
 
 
 def _failures(run: Run, labels: Labels, rows: int) -> list[str]:

@@ -10,6 +10,7 @@ from reports.guide import guide
 from reports.kills import kills
 from reports.records import JSON, Run, Verdict, counts, run_exit_code, verdict_line, why_not_complete
 from reports.selection import selections
+from reports.shards import shards
 from reports.stages import first_beyond, gradient_errors, stage_errors
 from reports.strict_json import dumps
 from reports.timings import point_of, timings
@@ -31,6 +32,7 @@ def summary(run: Run) -> str:
         "problem": why_not_complete(run) or None,
         "counts": {status.value: number for status, number in counts(run).items()},
         "header": run.header,
+        "shards": _shards(run),
         "to_look_at": [_failure(verdict) for verdict in failing(run)],
         "not_checked": [{**_name(verdict), "reason": verdict.reason} for verdict in unchecked(run)],
         "checks": [_check(use) for use in check_uses(run)],
@@ -73,6 +75,14 @@ def _check(use: CheckUse) -> dict[str, JSON]:
             "unit": measure.unit, "used": measure.used,
         }  # fmt: skip
     return found
+
+
+def _shards(run: Run) -> JSON:
+    found = shards(run)
+    if found is None:
+        return None
+    rows = [{**asdict(row), "ended": row.ended} for row in found.rows]
+    return {"rows": rows, "seconds": found.seconds, "cost": found.cost}
 
 
 def _kills(run: Run) -> JSON:

@@ -13,6 +13,9 @@ from rich.text import Text
 from reports.kills import FAMILY, kills
 from reports.recipe import sections
 from reports.records import FAILING, Measurement, Run, Status, Verdict, run_exit_code, verdict_line
+from reports.shards import COLUMNS as SHARD_COLUMNS
+from reports.shards import DETAILS as SHARD_DETAILS
+from reports.shards import shards
 from reports.text import ascii_only, clean, duration, number, one_line, sparkline, spread
 from reports.timings import COLUMNS, DETAILS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
 from reports.timings import FAMILY as BENCH
@@ -130,6 +133,7 @@ def render(run: Run, console: Console) -> None:
     """Print the whole run; its verdict is the last line."""
     labels = Labels(run)
     _header(run, console)
+    _shards(run, console)
     _kills(run, console)
     _timings(run, console)
     _training(run, console)
@@ -157,6 +161,15 @@ def _header(run: Run, console: Console) -> None:
         table.add_row(shown(console, label), shown(console, one_line(text)))
     console.print(table)
     console.print()
+
+
+def _shards(run: Run, console: Console) -> None:
+    found = shards(run)
+    if found is None:
+        return
+    chosen = [i for i in range(len(SHARD_COLUMNS)) if console.width >= _WIDE or i not in SHARD_DETAILS]
+    rows = [[shown(console, one_line(row[i])) for i in chosen] for row in found.cells()]
+    _table("shards", [SHARD_COLUMNS[i] for i in chosen], rows, console)
 
 
 def _table(title: str, columns: list[str], rows: list[list[Text]], console: Console) -> None:
