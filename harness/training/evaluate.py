@@ -139,7 +139,7 @@ def evaluate(
 
 def observe(model: nn.Module, batch: Batch) -> TaskData:
     """Raw index scores (−inf where not visible) and p `[B, L, S]` of every layer of the dense model."""
-    parts = [indexer_tensors(model, part, sparse=False) for part in _parts(batch)]
+    parts = [indexer_tensors(model, part) for part in _parts(batch)]
     scores, mass = ([[layer[i] for layer in part] for part in parts] for i in (0, 1))
     return TaskData(batch, *(tuple(torch.cat(layer) for layer in zip(*x, strict=True)) for x in (scores, mass)))
 

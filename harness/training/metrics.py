@@ -29,10 +29,10 @@ from reference import kl_rows
 from reference.indexer import select_topk, selected_mask
 
 from .data import Batch
+from .layers import Visit, spread_rows, visit_layers
 
 MIB = 2**20
-# Elements of the [B, L, S] tensors of one layer that a measurement may make: as many sequences of the batch as fit, and
-# one at least.
+# Elements that a [B, L, S] tensor of a measurement may have. A sequence of 2,896 tokens is the longest that fits whole.
 LARGEST = 2**23
 
 
@@ -52,6 +52,11 @@ def uniform_kl_rows(target_BLS: Tensor, candidates_BLS: Tensor) -> Tensor:
     return torch.where(n > 0, torch.xlogy(p, p).sum(-1) + n.clamp_min(1).log(), 0.0)
 
 
+def captured_of(kl: float, uniform_kl: float) -> float:
+    """1 − KL / KL_uniform; NaN where every row has one candidate."""
+    return 1 - kl / uniform_kl if uniform_kl > 0 else math.nan
+
+
 @dataclass(frozen=True, slots=True)
 class LayerQuality:
     """What one layer's indexer does on one batch; the KLs in nats a row, None where no row can tell.
@@ -69,7 +74,7 @@ class LayerQuality:
     @property
     def captured(self) -> float:
         """1 − KL / KL_uniform; NaN where every row has one candidate."""
-        return 1 - self.kl / self.uniform_kl if self.uniform_kl > 0 else math.nan
+        return captured_of(self.kl, self.uniform_kl)
 
 
 def layer_quality(
@@ -77,16 +82,29 @@ def layer_quality(
 ) -> LayerQuality:
     """One layer's numbers, from raw scores (−inf where a key is not visible) and p over every visible key.
 
-    `within`: scores and p over the candidate set, for the KLs; every visible key without it.
+    `within`: scores and p over the candidate set, for the KLs; every visible key without it. Rows may be some of a
+    sequence's, ascending: L need not be S.
     """
+    return LayerQuality(*divergences(*(within or (scores_BLS, target_BLS))), *choice(scores_BLS, target_BLS, k))
+
+
+def divergences(scores_BLS: Tensor, target_BLS: Tensor) -> tuple[float, float]:
+    """KL and KL of the uniform predictor in nats a row, over the keys whose score is not −inf."""
+    rows = max(1, int((target_BLS.sum(-1) > 0).sum()))
+    kl = float(kl_rows(scores_BLS.double(), normalised(target_BLS)).sum()) / rows
+    return kl, float(uniform_kl_rows(target_BLS, scores_BLS != -torch.inf).sum()) / rows
+
+
+# Recall, left out, same, collapse of a `LayerQuality`.
+Choice = tuple[float | None, float | None, float | None, float | None]
+
+
+def choice(scores_BLS: Tensor, target_BLS: Tensor, k: int) -> Choice:
+    """What `k` selected keys do, from scores and p over every visible key; None where no row can tell."""
     visible_BLS = scores_BLS != -torch.inf
-    inner_scores, inner_target = within or (scores_BLS, target_BLS)
-    rows = int((inner_target.sum(-1) > 0).sum())
-    kl = float(kl_rows(inner_scores.double(), normalised(inner_target)).sum()) / max(1, rows)
-    uniform = float(uniform_kl_rows(inner_target, inner_scores != -torch.inf).sum()) / max(1, rows)
     choosing_BL = visible_BLS.sum(-1) > k
     if not bool(choosing_BL.any()):
-        return LayerQuality(kl, uniform, None, None, None, None)
+        return None, None, None, None
     slots = scores_BLS.shape[-1]
     selected_BLS = selected_mask(select_topk(scores_BLS, visible_BLS, k), slots)
     best_BLS = selected_mask(select_topk(target_BLS, visible_BLS, k), slots)
@@ -94,7 +112,7 @@ def layer_quality(
     seen, best = (float((p * chosen).sum(-1)[choosing_BL].mean()) for chosen in (selected_BLS, best_BLS))
     same, wanted = (sameness(chosen, visible_BLS, k) for chosen in (selected_BLS, best_BLS))
     collapse = None if same is None or wanted is None else same - wanted
-    return LayerQuality(kl, uniform, seen / best, 1 - seen, same, collapse)
+    return seen / best, 1 - seen, same, collapse
 
 
 def sameness(selected_BLS: Tensor, visible_BLS: Tensor, k: int) -> float | None:
@@ -126,10 +144,11 @@ def sameness(selected_BLS: Tensor, visible_BLS: Tensor, k: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class IndexerQuality:
-    """The layers' numbers on one batch, at `k` selected keys."""
+    """The layers' numbers on one batch, at `k` selected keys; `rows` of each sequence, None for all."""
 
     k: int
     layers: tuple[LayerQuality, ...]
+    rows: int | None = None
 
     @property
     def captured(self) -> float:
@@ -149,6 +168,8 @@ class IndexerQuality:
             "captured_layers": [layer.captured for layer in self.layers],
             "k": self.k,
         }
+        if self.rows is not None:
+            found["rows measured"] = self.rows
         recalls = [layer.recall for layer in self.layers if layer.recall is not None]
         left_out = [layer.left_out for layer in self.layers if layer.left_out is not None]
         if recalls:
@@ -159,43 +180,75 @@ class IndexerQuality:
         return found
 
 
-# One layer: raw scores on every visible key, p there, and both over the candidate set where that is smaller.
-LayerTensors = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+def nothing(_layer: int, _scores_BRS: Tensor, _target_BRS: Tensor) -> None:
+    """A `Visit` that does not look."""
 
 
-def measure_indexer(model: nn.Module, batch: Batch, *, sparse: bool) -> IndexerQuality:
+def measure_indexer(
+    model: nn.Module, batch: Batch, *, sparse: bool, candidates: Visit = nothing, visible: Visit = nothing
+) -> IndexerQuality:
     """The indexer of every layer on `batch`, against the attention that the model would pay to every visible key.
 
     KL and KL_uniform are over the candidate set of the mode: the selected keys where `sparse`, else every visible one.
-    The rest comes from a forward in dense mode. Nothing is left behind: no gradient, no random number, no mode. A
-    batch whose [B, L, S] tensors were larger than `LARGEST` is measured on its first sequences.
+    The rest comes from a forward in dense mode. Nothing is left behind: no gradient, no random number, no mode.
+
+    One layer's tensors are there at a time, and none of `[B, L, S]` is larger than `LARGEST`: of a batch whose would be
+    the first sequences are measured, and of a sequence that is too long by itself evenly spaced rows.
+
+    `candidates` and `visible` are shown each layer too, on the candidate set of the mode and on every visible key.
     """
     k = cast(Any, model).config.index_topk
-    layers = indexer_tensors(model, batch, sparse=sparse)
-    return IndexerQuality(k, tuple(layer_quality(scores, p, k, within) for scores, p, within in layers))
+    sequences, rows_R = _measured(*batch.input_ids_BL.shape)
+    found: list[tuple[float, float]] = []
+    choices: list[Choice] = []
+
+    def on_candidates(layer: int, scores_BRS: Tensor, target_BRS: Tensor) -> None:
+        found.append(divergences(scores_BRS, target_BRS))
+        candidates(layer, scores_BRS, target_BRS)
+
+    def on_visible(layer: int, scores_BRS: Tensor, target_BRS: Tensor) -> None:
+        choices.append(choice(scores_BRS, target_BRS, k))
+        visible(layer, scores_BRS, target_BRS)
+        if not sparse:
+            on_candidates(layer, scores_BRS, target_BRS)
+
+    inputs = _inputs(model, batch, sequences)
+    with attention_mode(model, sparse=False):
+        visit_layers(model, inputs, on_visible, visible=True, rows_R=rows_R, largest=LARGEST)
+    if sparse:
+        with attention_mode(model, sparse=True):
+            visit_layers(model, inputs, on_candidates, visible=False, rows_R=rows_R, largest=LARGEST)
+    layers = tuple(LayerQuality(*kls, *chosen) for kls, chosen in zip(found, choices, strict=True))
+    return IndexerQuality(k, layers, None if rows_R is None else len(rows_R))
 
 
-@torch.no_grad()
-def indexer_tensors(model: nn.Module, batch: Batch, *, sparse: bool) -> list[LayerTensors]:
-    """What `measure_indexer` measures, a layer at a time."""
-    length = batch.input_ids_BL.shape[1]
-    rows = max(1, LARGEST // length**2)
+def _measured(batch: int, length: int) -> tuple[int, Tensor | None]:
+    """How many sequences are measured, and which rows of them; None for all."""
+    if length**2 <= LARGEST:
+        return min(batch, LARGEST // length**2), None
+    # A mask of what is selected has a column more than there are keys.
+    return 1, spread_rows(length, max(1, LARGEST // (length + 1)))
+
+
+def _inputs(model: nn.Module, batch: Batch, sequences: int) -> dict[str, Tensor]:
     device = next(model.parameters()).device
     parts = {
         "input_ids": batch.input_ids_BL,
         "attention_mask": batch.attention_mask_BL,
         "position_ids": batch.position_ids_BL,
     }
-    inputs = {name: part[:rows].to(device) for name, part in parts.items() if part is not None}
-    ask = {"output_indexer_kl_target": True, "use_cache": False}
+    return {name: part[:sequences].to(device) for name, part in parts.items() if part is not None}
+
+
+def indexer_tensors(model: nn.Module, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Raw scores on every visible key and p `[B, L, S]` of the dense model: all rows, all layers at once, any length."""
+    found: list[tuple[Tensor, Tensor]] = []
     with attention_mode(model, sparse=False):
-        dense = model(**inputs, **ask, output_indexer_scores="visible")
-    within: list[tuple[Tensor, Tensor] | None] = [None] * len(dense.indexer_scores)
-    if sparse:
-        with attention_mode(model, sparse=True):
-            out = model(**inputs, **ask, output_indexer_scores=True)
-        within = list(zip(out.indexer_scores, out.indexer_kl_targets, strict=True))
-    return list(zip(dense.indexer_scores, dense.indexer_kl_targets, within, strict=True))
+        visit_layers(
+            model, _inputs(model, batch, len(batch.input_ids_BL)), lambda _, *pair: found.append(pair),
+            visible=True, rows_R=None, largest=LARGEST,
+        )  # fmt: skip
+    return found
 
 
 @contextmanager

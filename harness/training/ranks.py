@@ -150,6 +150,52 @@ def own_rows(model: nn.Module, batch: Batch) -> Batch:
     )  # fmt: skip
 
 
+def own_places(model: nn.Module, length: int, rows_R: Tensor) -> Tensor:
+    """int64 `[W]`: where the rows `rows_R` of a sequence stand among the rows that this rank computes.
+
+    Without context parallelism that is `rows_R`. With it each rank has some of them, W as many as the one with most:
+    row 0 stands in for what a rank has less, so that all ranks make the same calls.
+    """
+    ranks = ranks_of(model)
+    if ranks is None or ranks.layout.cp == 1:
+        return rows_R
+    parts = _divided(ranks, length, rows_R)
+    own = parts[ranks.place("cp")][0]
+    return torch.cat((own, own.new_zeros(max(len(places) for places, _ in parts) - len(own))))
+
+
+def gather_rows(model: nn.Module, length: int, rows_R: Tensor | None, x_BW: Tensor) -> Tensor:
+    """`[B, R, *]` of all ranks' answers at `own_places`, in the order of `rows_R`; all rows of the sequence where None."""
+    ranks = ranks_of(model)
+    if ranks is None or ranks.layout.cp == 1:
+        return x_BW
+    from optimized.distributed.collectives import gather_slots
+    from optimized.distributed.rows import RowSplit
+
+    rows_R = torch.arange(length) if rows_R is None else rows_R
+    rows_R = rows_R.to(x_BW.device)
+    parts = _divided(ranks, length, rows_R)
+    widest = max(len(places) for places, _ in parts)
+    place_R = torch.empty_like(rows_R)
+    for i, (_, rows) in enumerate(parts):
+        place_R[torch.searchsorted(rows_R, rows)] = torch.arange(len(rows), device=rows.device) + i * widest
+    split = RowSplit(parts[ranks.place("cp")][1], place_R, widest)
+    return gather_slots(x_BW, split, ranks.group("cp"))
+
+
+def _divided(ranks: "Ranks", length: int, rows_R: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each rank of cp, where its own of `rows_R` stand among its rows, and which they are."""
+    from optimized.distributed.rows import split_rows
+
+    layout = ranks.layout
+    found = []
+    for part in range(layout.cp):
+        own_L = split_rows(length, layout.cp, part, layout.rows, rows_R.device).own_L
+        here = torch.isin(own_L, rows_R)
+        found.append((here.nonzero().squeeze(-1), own_L[here]))
+    return found
+
+
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` itself, or all of one that is spread over ranks, which must all ask."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor

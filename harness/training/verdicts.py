@@ -16,7 +16,7 @@ from reports.strict_json import JSON
 from ..budgets import MOST_COLLAPSE, NO_INFORMATION
 from ..runner import status_of
 from .data import Batch
-from .metrics import IndexerQuality, indexer_tensors, layer_quality
+from .metrics import captured_of, choice, divergences, measure_indexer
 from .stages import Stage
 
 FAMILY = "train"
@@ -79,19 +79,24 @@ def judge_indexer(model: nn.Module, stage: Stage, batch: Batch) -> list[Verdict]
     The wrong answers are scores in place of the model's own, on the same batch: constant ones, and reversed ones.
     """
     subject, k = type(model).__name__, cast(Any, model).config.index_topk
-    layers = indexer_tensors(model, batch, sparse=stage.sparse)
-    quality = IndexerQuality(k, tuple(layer_quality(scores, p, k, within) for scores, p, within in layers))
-    values = quality.values()
-    shares = [1 - values["captured"]]
-    captured = [Measure("KL / KL of a uniform predictor", shares[0], NO_INFORMATION)]
-    captured += [Measure("KL of a uniform predictor", values["uniform_kl"], unit="nats")]
-    scores, p, within = layers[0]
+    told: dict[str, float] = {}
+    alone: list[float | None] = []
+
     # In the candidate set of the stage, where its KL is.
-    inner_scores, inner_p = within or (scores, p)
-    told = {
-        kind: layer_quality(wrong, inner_p, k).captured
-        for kind, wrong in (("constant scores", _constant(inner_scores)), ("reversed scores", _reversed(inner_p)))
-    }
+    def wrong_scores(layer: int, scores_BRS: Tensor, p_BRS: Tensor) -> None:
+        if layer == 0:
+            for kind, wrong in (("constant scores", _constant(scores_BRS)), ("reversed scores", _reversed(p_BRS))):
+                told[kind] = captured_of(*divergences(wrong, p_BRS))
+
+    # By the rule of ties constant scores select the first keys in every row.
+    def one_choice(layer: int, scores_BRS: Tensor, p_BRS: Tensor) -> None:
+        if layer == 0:
+            alone.append(choice(_constant(scores_BRS), p_BRS, k)[-1])
+
+    quality = measure_indexer(model, batch, sparse=stage.sparse, candidates=wrong_scores, visible=one_choice)
+    values = quality.values()
+    captured = [Measure("KL / KL of a uniform predictor", 1 - values["captured"], NO_INFORMATION)]
+    captured += [Measure("KL of a uniform predictor", values["uniform_kl"], unit="nats")]
     nulls = [
         NullCandidate(kind, not 1 - value <= NO_INFORMATION, f"captured {value:.3g}") for kind, value in told.items()
     ]
@@ -101,10 +106,9 @@ def judge_indexer(model: nn.Module, stage: Stage, batch: Batch) -> list[Verdict]
         return [*found, Verdict("train.selection", FAMILY, subject, stage.name, Status.SKIPPED, reason=reason)]
     selection = [Measure("same keys in all rows, beyond attention's own", quality.collapse, MOST_COLLAPSE)]
     selection += [Measure(name, values[name]) for name in ("same", "recall", "left_out")]
-    # By the rule of ties constant scores select the first keys in every row.
-    alone = layer_quality(_constant(scores), p, k).collapse
+    (alike,) = alone
     nulls = [
-        NullCandidate("constant scores", alone is not None and not alone <= MOST_COLLAPSE, f"collapse {alone:.3g}")
+        NullCandidate("constant scores", alike is not None and not alike <= MOST_COLLAPSE, f"collapse {alike:.3g}")
     ]
     return [*found, _verdict("train.selection", subject, stage, selection, nulls, values)]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from harness.training import metrics
 from harness.training.data import Mixture
-from harness.training.loop import Trained, train
+from harness.training.loop import Trained, batch_of, train
 from harness.training.stages import Phase, Stage, stage_for
 from harness.training.state import FOLDER
 from optimized import DeepseekV32Config
@@ -20,6 +21,8 @@ from optimized.distributed import ParallelLayout, full_state_dict, parallelize
 from .parity import Question, apart, largest, model_for
 
 STEPS, SAVED_AT = 4, 2
+# Of sequences of 64 tokens, when no more is measured.
+MEASURED = 9
 
 
 def stage_called(name: str) -> Stage:
@@ -34,6 +37,19 @@ def run(model: Any, name: str, *, out: Path | None = None, resume: bool = False)
     mixture = Mixture(DeepseekV32Config.preset("tiny"), 0)
     stage = stage_called(name)
     return train(model, stage, mixture, out=out, resume=resume, save_every=SAVED_AT, measure_every=2, stop_early=False)
+
+
+def measured_on_few_rows(model: Any, name: str) -> dict[str, float]:
+    """The indexer's numbers when tensors may hold no more than `MEASURED` rows of a sequence."""
+    stage, mixture = stage_called(name), Mixture(DeepseekV32Config.preset("tiny"), 0)
+    before, metrics.LARGEST = metrics.LARGEST, MEASURED * 65
+    try:
+        quality = metrics.measure_indexer(model, batch_of(stage, mixture, 0), sparse=stage.sparse)
+    finally:
+        metrics.LARGEST = before
+    values = quality.values()
+    layers = values.pop("captured_layers")
+    return {**values, **{f"captured, layer {i}": value for i, value in enumerate(layers)}}
 
 
 def told(trained: Trained) -> list[dict[str, float]]:
@@ -68,7 +84,9 @@ def prepare(arguments: list[str]) -> Any:
     for stage in dict.fromkeys(pairs[::2]):
         trained = run(fresh(stage), stage)
         weights = {name: x.detach().clone() for name, x in trained.model.state_dict().items()}
-        expected[stage] = told(trained), norms(trained), [(v.check, v.status.value) for v in trained.verdicts], weights
+        verdicts = [(v.check, v.status.value) for v in trained.verdicts]
+        few = measured_on_few_rows(fresh(stage), stage)
+        expected[stage] = told(trained), norms(trained), verdicts, weights, few
     return expected
 
 
@@ -77,7 +95,7 @@ def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[st
     folder, *pairs = arguments
     answers = {}
     for stage, layout in zip(pairs[::2], pairs[1::2], strict=True):
-        rows, expected_norms, verdicts, weights = prepared[stage]
+        rows, expected_norms, verdicts, weights, few = prepared[stage]
         out = Path(folder) / f"{stage} {layout}"
 
         def parallel(stage: str = stage, layout: str = layout) -> Any:
@@ -95,6 +113,7 @@ def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[st
             "weights": largest(max((apart(found[name], x) for name, x in weights.items()), default=0.0) if rank == 0 else 0.0),
             "norms": largest(distance(norms(trained), expected_norms)),
             "resumed": largest(distance(told(again) + norms(again), (told(trained)[SAVED_AT:] + norms(trained)[SAVED_AT:]))),
+            "few rows": largest(distance([measured_on_few_rows(parallel(), stage)], [few])),
             "verdicts": [(v.check, v.status.value) for v in trained.verdicts] == verdicts,
             "statuses": sorted({v.status.value for v in trained.verdicts}),
         }  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 
 from harness.budgets import MOST_COLLAPSE, NO_INFORMATION
 from harness.training.metrics import (
-    indexer_tensors,
     layer_quality,
     measure_indexer,
     resident_mib,
@@ -170,13 +169,6 @@ def test_both_models_measure_the_same(name):
         assert ours.captured == pytest.approx(theirs.captured, abs=1e-9)
         assert ours.recall == pytest.approx(theirs.recall, abs=1e-9)
         assert ours.same == pytest.approx(theirs.same, abs=1e-9)
-
-
-def test_a_large_batch_is_measured_on_its_first_rows(monkeypatch):
-    stage = short("warmup", batch=3)
-    model, batch = model_for(DeepseekV32ForCausalLM), batch_of(stage)
-    monkeypatch.setattr("harness.training.metrics.LARGEST", 2 * 64**2)
-    assert indexer_tensors(model, batch, sparse=False)[0][0].shape[0] == 2
 
 
 def test_measuring_leaves_nothing_behind():
