@@ -54,12 +54,16 @@ def checkpoint_shards(request: "Request", on_gpu: bool) -> list[Shard]:
 
 
 def announced(request: "Request", on_gpu: bool) -> str:
-    """What the run will need of disk, memory and time, as far as it is known before anything has been downloaded."""
+    """What the run will need of disk, memory and time, as far as it is known before anything has been downloaded.
+
+    Raises:
+        ValueError: a walk that the model's config, where the hub gives it, does not allow.
+    """
     import torch
 
     from reference import DeepseekV32Config
 
-    from ..layerwise.command import size_of
+    from ..layerwise.command import check_config, size_of
     from ..layerwise.needs import needs_of, official_bytes
     from ..layerwise.source import config_of, look_up
     from ..runner import DTYPES
@@ -67,8 +71,13 @@ def announced(request: "Request", on_gpu: bool) -> str:
     missing = look_up(request.checkpoint, request.revision)
     known = config_of(request.checkpoint, request.revision) if missing is not None else None
     config = known or DeepseekV32Config.preset(PRESET)
+    if known is not None:
+        batch, length, layers = check_config(request, known, request.checkpoint)
+    else:
+        # Another model's number of layers is no reason to refuse this one's.
+        assumed = min(request.until or config.num_hidden_layers, config.num_hidden_layers)
+        batch, length, layers = size_of(replace(request, until=assumed), config)
     total = missing.total_bytes if missing is not None else official_bytes(config, next_token_layer=True)
-    batch, length, layers = size_of(request, config)
     needs = needs_of(
         config, DTYPES.get(request.dtype, torch.bfloat16), "cuda" if on_gpu else "cpu", batch, length, layers,
         disk_bytes=total, read_bytes=int(total * layers / config.num_hidden_layers), missing_bytes=total,

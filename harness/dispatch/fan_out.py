@@ -20,6 +20,8 @@ from .shards import End, Items, Piece, Shard
 
 # After the first attempt; and how long to wait before each, in seconds.
 RETRIES, PAUSE = 2, 2.0
+# The same after a cut download: a network needs longer to come back than another machine takes to be found.
+NETWORK_PAUSE = 30.0
 
 
 class InfrastructureError(Exception):
@@ -98,6 +100,10 @@ def _attempts(shard: Shard, place: Place, slots: Semaphore, inbox: SimpleQueue) 
                     continue
                 text = "".join(traceback.format_exception(error))
                 end = End(problem=reason, seconds=round(time.monotonic() - started, 3), log=text)
+            if attempt <= RETRIES and end.infrastructure:
+                inbox.put((shard, _Retry(end.problem)))
+                time.sleep(NETWORK_PAUSE * attempt)
+                continue
             inbox.put((shard, replace(end, attempts=attempt)))
             return
 

@@ -25,6 +25,8 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODAL_TOKEN_ID", "MODAL_TOKEN_
 # What a command of ours may end with and have done its work: verified, failed, an error on record, slower.
 DONE = (0, 1, 3, 4)
 USAGE_ERROR = 2
+# What a command says last whose download the network ended: no fault of it, and whole files stay for the next attempt.
+CUT = "the hub's answer was cut"
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "Cannot allocate memory", "MemoryError")
 
 
@@ -71,6 +73,7 @@ def run_shard(shard: Shard, out: Path, limit: float) -> Items:
         seconds=round(seconds, 3),
         record=reader.whole(),
         log=text,
+        infrastructure=not late and was_cut(child.returncode, text),
     )
 
 
@@ -91,6 +94,15 @@ def log_tail(path: Path) -> str:
 def ran_out_of_memory(log: str) -> bool:
     """Whether a log says so; the exit code of such a command is that of any other uncaught exception."""
     return any(words in log for words in OUT_OF_MEMORY)
+
+
+def was_cut(code: int, log: str) -> bool:
+    """Whether a command ended because the hub did not answer to the end."""
+    return code != 0 and CUT in _last_line(log)
+
+
+def _last_line(log: str) -> str:
+    return next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
 
 
 def _import_path() -> list[str]:
@@ -114,9 +126,11 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _problem(code: int, log: str, limit: float | None) -> str:
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
+    last = _last_line(log)
     if limit is not None:
         return f"it was stopped after {limit:g} s, its time limit"
+    if was_cut(code, log):
+        return f"its download was cut: {last}"
     if code in DONE:
         return ""
     if ran_out_of_memory(log):

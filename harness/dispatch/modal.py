@@ -140,8 +140,8 @@ def in_container(shard: Shard, run_name: str, limit: float) -> Items:
     if shard.on_gpu and not received:
         modal.experimental.stop_fetching_inputs()
         raise InfrastructureError("a GPU was asked for, and the container has none")
-    if shard.after:
-        # A container that is used again would not see what another one has downloaded since.
+    if shard.suite == CHECKPOINT:
+        # A container that is used again would not see what another one, or another attempt, has downloaded since.
         volume(HUB_VOLUME).reload()
     out = Path(os.environ[RESULTS_VARIABLE]) / run_name / shard.name
     for item in run_shard(shard, out, limit):

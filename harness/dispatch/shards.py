@@ -72,7 +72,8 @@ class Piece:
 class End:
     """How a shard ended. `record` is its whole file, `log` the end of what it printed.
 
-    `problem` is one sentence about a command that did not do its work, empty when it came to its own end.
+    `problem` is one sentence about a command that did not do its work, empty when it came to its own end; with
+    `infrastructure` the fault is the network's, and another attempt goes on from what this one left.
     """
 
     problem: str
@@ -83,6 +84,7 @@ class End:
     gpu: tuple[str, ...] = ()
     container: str = ""
     attempts: int = 1
+    infrastructure: bool = False
 
     def to_json(self) -> str:
         """Everything but the record, which has a file of its own."""
@@ -109,7 +111,9 @@ def source_files(root: Path = ROOT) -> Iterable[Path]:
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*")):
             inside = path.relative_to(root)
-            if path.is_file() and not any(part in ("__pycache__", "published") or part.startswith(".") for part in inside.parts):
+            if path.is_file() and not any(
+                part in ("__pycache__", "published") or part.startswith(".") for part in inside.parts
+            ):
                 yield path
     yield from (root / name for name in FILES)
 

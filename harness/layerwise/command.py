@@ -38,7 +38,7 @@ from .progress import (
     save,
     take_over,
 )
-from .source import Source, locate
+from .source import CutError, Source, config_of, locate
 from .tokens import tokens
 from .walk import Walk
 
@@ -139,21 +139,34 @@ def size_of(request: Request, config: DeepseekV32Config) -> tuple[int, int, int]
     return request.batch if request.batch is not None else 1 if large else 2, length, layers
 
 
+def check_config(request: Request, config: DeepseekV32Config, name: str) -> tuple[int, int, int]:
+    """Rows, tokens a row and layers of a walk through the checkpoint `name`, which has this config.
+
+    Raises:
+        ValueError: a walk of it that cannot be.
+    """
+    if not config.use_sparse_attention:
+        raise ValueError(f"Checkpoint {name}: use_sparse_attention is False; --layerwise judges selections.")
+    return size_of(request, config)
+
+
 def job_for(request: Request) -> Job:
     """The job of a request; a model of the hub is downloaded as far as it is missing.
 
     Raises:
+        CutError: the hub's answer was cut; the same request goes on with the download.
         ValueError: anything that cannot be done, as one sentence that names the argument.
     """
     subject, device, name = check_settings(request)
+    if not request.downloaded and not Path(request.checkpoint).exists():
+        # A walk that cannot be is refused by this small file, and not after hours of a download.
+        known = config_of(request.checkpoint, request.revision)
+        if known is not None:
+            check_config(request, known, request.checkpoint)
     source = locate(request.checkpoint, request.revision, downloaded=request.downloaded)
     files = LayerFiles(source.directory, DTYPES[name], device)
     config = files.config
-    batch, length, layers = size_of(request, config)
-    if not config.use_sparse_attention:
-        raise ValueError(
-            f"Checkpoint {source.directory}: use_sparse_attention is False; --layerwise judges selections."
-        )
+    batch, length, layers = check_config(request, config, str(source.directory))
     if files.stored_bytes(layers - 1) < SMALL and device.type == "cpu":
         # The barrier at the end of each operation costs more threads than such a layer has work for.
         torch.set_num_threads(1)
@@ -182,6 +195,9 @@ def verify_layers(request: Request, console: Console) -> int:
         job = job_for(request)
         state = _state_of(job) if request.resume else None
         begin_in(request.out)
+    except CutError as error:
+        print_line(errors, f"v32 verify: {one_sentence(error)}")
+        return NOTHING_VERIFIED
     except ValueError as error:
         print_line(errors, f"v32 verify: {one_sentence(error)}")
         return USAGE_ERROR

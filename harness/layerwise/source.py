@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from reference import DeepseekV32Config
 from reference.checkpoint import read_config
 from reports.text import one_line
+
+from ..dispatch.local import CUT
 
 FILES = (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer.json",
@@ -24,6 +26,15 @@ FILES = (
 DEFAULT_REVISION = "main"
 # What a download leaves free on the disk, for logs, records and other programs.
 SPARE_BYTES = 2 << 30
+# What the transport raises comes of a package that differs between versions of the hub's client, and has this base in all.
+_TRANSPORT = HfHubHTTPError.__bases__[0]
+# What Python's own sockets and the client of large files raise; of a failure that has no class of its own the latter says
+# RuntimeError.
+_CUT = (_TRANSPORT, ConnectionError, TimeoutError, RuntimeError)
+# The hub's answers that another attempt may change, besides those of a server that failed: too slow, too many requests.
+_AGAIN = (408, 429)
+# The hub's client says so, in an error without a class of its own, of a file that came short.
+_SHORT = "Consistency check failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +66,7 @@ def locate(
         announce: told what is missing, before the download begins.
 
     Raises:
+        CutError: the hub did not answer, or not to the end; what came whole stays.
         ValueError: neither a folder nor a model that the hub or its cache gives; a revision for a folder; a full disk.
     """
     if Path(name).is_dir():
@@ -84,7 +96,7 @@ def look_up(name: str, revision: str | None = None) -> Missing | None:
     """
     try:
         files = _snapshot(name, revision, dry_run=True)
-    except _UnreachableError:
+    except UnreachableError:
         return None
     assert isinstance(files, list)
     total = sum(file.file_size or 0 for file in files)
@@ -100,13 +112,17 @@ def config_of(name: str, revision: str | None = None) -> DeepseekV32Config | Non
     """
     try:
         found = _snapshot(name, revision, allow_patterns=["config.json"])
-    except _UnreachableError:
+    except UnreachableError:
         return None
     return read_config(Path(str(found)))
 
 
-class _UnreachableError(ValueError):
+class UnreachableError(ValueError):
     """The hub does not give what was asked for, and the cache does not have it."""
+
+
+class CutError(UnreachableError):
+    """The hub did not answer, or its answer ended early: no word on what was asked for, and worth another attempt."""
 
 
 def _snapshot(name: str, revision: str | None, **how: Any) -> Any:
@@ -116,16 +132,30 @@ def _snapshot(name: str, revision: str | None, **how: Any) -> Any:
         raise ValueError(
             f"--checkpoint is {name!r}, which is no folder here, and no name that a model on the hub can have."
         ) from error
-    except OSError as error:
-        raise _UnreachableError(
+    except Exception as error:
+        if _was_cut(error):
+            raise CutError(
+                f"--checkpoint is {name!r}, and {CUT} or never came: {one_line(str(error)).rstrip('.')}. Whole files stay, and "
+                "the same command goes on; where there is no network, give the folder of a checkpoint that was downloaded "
+                "elsewhere."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        raise UnreachableError(
             f"--checkpoint is {name!r}, which is no folder here, and neither the hub nor its cache gives it: {one_line(str(error))} "
             "Where there is no network, give the folder of a checkpoint that was downloaded elsewhere."
         ) from error
-    # What the transport raises is of a package that differs between versions of the hub's client.
-    except Exception as error:
-        raise ValueError(
-            f"--checkpoint is {name!r}, and the hub's answer was cut: {one_line(str(error))}. Whole files stay; the same command goes on."
-        ) from error
+
+
+def _was_cut(error: BaseException) -> bool:
+    """Whether the network or the hub's server failed, by the error or what it came from."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code in _AGAIN
+    if isinstance(error, _CUT) or _SHORT in str(error):
+        return True
+    return error.__cause__ is not None and _was_cut(error.__cause__)
 
 
 def check_disk(needed: int, folder: Path, name: str) -> None:

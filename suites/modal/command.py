@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from harness.dispatch.local import CUT
 from harness.environment import gpus
 from reports.records import RUN_FILE, RunWriter, Status, Verdict, read_run, run_exit_code
 from reports.schema import Measure
@@ -37,6 +38,9 @@ def misbehave(behaviour: str, out: Path) -> None:
     elif behaviour == "exhaust":
         print("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.31 TiB.", flush=True)
         os._exit(1)
+    elif behaviour == "cut":
+        print(f"--checkpoint is 'acme/model', and {CUT} or never came: the peer closed the connection.", flush=True)
+        os._exit(2)
     elif behaviour == "hang":
         time.sleep(600)
     elif behaviour == "deaf":

@@ -44,6 +44,7 @@ def stand_in(name: str, on_gpu: bool = False) -> Shard:
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.setattr(fanning, "PAUSE", 0.0)
+    monkeypatch.setattr(fanning, "NETWORK_PAUSE", 0.0)
     monkeypatch.setattr("harness.dispatch.command.fingerprint", lambda: "code")
     monkeypatch.setattr("harness.dispatch.command.git_state", lambda: None)
     return tmp_path
@@ -59,7 +60,7 @@ class Runs:
         def run(shard):
             self.asked.append(shard.name)
             out = self.folder / "results" / run_name / shard.name
-            if shard.name.endswith(("crash", "exhaust")):
+            if shard.name.endswith(("crash", "exhaust", "cut")):
                 yield from run_shard(shard, out, LIMIT)
                 return
             code = command.main(shard.name, out)
@@ -203,6 +204,25 @@ def test_a_machine_that_always_fails_is_given_up(here):
     end, _, tries = scripted(here, *[[InfrastructureError("gone")]] * 3)
     assert "gone" in end.problem
     assert tries == 1 + fanning.RETRIES
+
+
+def test_a_download_that_was_cut_is_tried_again_and_what_waits_for_it_runs(here):
+    settings = Settings((), int(LIMIT), None, False, here / "out")
+    runs = Runs(here)
+    shards = [stand_in("once-cut"), replace(stand_in("fine"), after="once-cut")]
+    assert dispatch(shards, settings, runs.place, Console(quiet=True)) == 0
+    assert runs.asked == ["once-cut", "once-cut", "fine"]
+    attempts = {e.data["shard"]: e.data["attempts"] for e in runs.record().events if e.kind == "shard"}
+    assert attempts == {"once-cut": 2, "fine": 1}
+
+
+def test_a_network_that_stays_away_is_given_up_with_its_own_word(here):
+    runs = Runs(here)
+    assert runs("cut") == 3
+    assert len(runs.asked) == 1 + fanning.RETRIES
+    (error,) = [verdict for verdict in runs.record().verdicts if verdict.status is Status.ERROR]
+    assert "its download was cut" in error.reason
+    assert "refused" not in error.reason
 
 
 @pytest.mark.parametrize("wrong", [ValueError("a bug"), SystemExit(0), KeyboardInterrupt()])
