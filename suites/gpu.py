@@ -2,6 +2,7 @@
 
     modal run suites/gpu.py --config medium --gpu H200,H100 --timeout 3600
     modal run suites/gpu.py --sft
+    modal run suites/gpu.py --stage warmup --init RUN/dense
     modal run suites/gpu.py --checkpoint deepseek-ai/DeepSeek-V3.2-Exp
     modal run suites/gpu.py --suite verify,kernels,bench --out runs/all
     modal run suites/gpu.py --suite verify,kernels,bench --out runs/all --resume
@@ -18,10 +19,12 @@ from rich.console import Console
 
 from harness.dispatch import checkpoint as of_checkpoint
 from harness.dispatch.command import (
+    DEFAULT_CONFIG,
     DEFAULT_GPU,
     DEFAULT_TIMEOUT,
     GPU_VARIABLE,
     USAGE_ERROR,
+    Training,
     dispatch,
     settings_for,
     suite_shards,
@@ -55,6 +58,20 @@ def early(arguments: list[str]) -> tuple[str, float]:
         raise ValueError(f"--timeout is {found.timeout!r}; it must be a number of seconds.") from None
 
 
+def training_of(sft: bool, stage: str, init: str, parallel: str, trains: bool) -> Training:
+    """What --sft or --stage trains.
+
+    Raises:
+        ValueError: two stages, or a flag of a training where there is none.
+    """
+    if sft and stage not in ("", "sft"):
+        raise ValueError(f"--stage is {stage!r}, and --sft is stage sft; leave one of them out.")
+    for flag, value in (("--init", init), ("--parallel", parallel)):
+        if value and not trains:
+            raise ValueError(f"{flag} is {value!r}, which belongs to a training: give --sft or --stage with it.")
+    return Training(stage or "sft", init, parallel)
+
+
 def walk_of(name: str, revision: str, subject: str, dtype: str, seed: int, on_gpu: bool) -> list[Shard]:
     """The shards of a checkpoint, announced on the terminal.
 
@@ -81,9 +98,12 @@ app = cloud.app
 
 @app.local_entrypoint()
 def main(
-    config: str = "tiny",
+    config: str = DEFAULT_CONFIG,
     suite: str = "",
     sft: bool = False,
+    stage: str = "",
+    init: str = "",
+    parallel: str = "",
     checkpoint: str = "",
     revision: str = "",
     subject: str = "optimized",
@@ -96,13 +116,14 @@ def main(
     resume: bool = False,
     out: str = "",
 ):
-    """Run suites of --config on a GPU; without --suite, --sft and --checkpoint that is verify."""
+    """Run suites of --config on a GPU; without --suite, --sft, --stage and --checkpoint that is verify."""
     try:
         settings = settings_for(gpu, timeout, price or None, resume, Path(out) if out else None, "gpu")
-        suites = [word.strip() for word in suite.split(",") if word.strip()] + (["sft"] if sft else [])
+        suites = [word.strip() for word in suite.split(",") if word.strip()] + (["sft"] if sft or stage else [])
+        training = training_of(sft, stage, init, parallel, "sft" in suites)
         shards = []
         if suites or not checkpoint:
-            shards = suite_shards(suites or ["verify"], config, subject, checks, dtype, seed, settings.gpu)
+            shards = suite_shards(suites or ["verify"], config, subject, checks, dtype, seed, settings.gpu, training)
         if checkpoint:
             shards += walk_of(checkpoint, revision, subject, dtype, seed, bool(settings.gpu))
     except ValueError as error:

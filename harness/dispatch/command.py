@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..verify import Request as VerifyRequest
 
 USAGE_ERROR, CANNOT = 2, 3
-DEFAULT_GPU, DEFAULT_TIMEOUT = "H100", 3600
+DEFAULT_GPU, DEFAULT_TIMEOUT, DEFAULT_CONFIG = "H100", 3600, "tiny"
 # The default of --gpu, for those who always want another.
 GPU_VARIABLE = "V32_GPU"
 # Of a bench on a GPU: lengths at which a GPU has work, the GPU's own dtype.
@@ -42,6 +42,18 @@ class Settings:
     price: float | None
     resume: bool
     out: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What suite sft trains: a stage of the recipe, from random weights or from `init`, its ranks laid out by `parallel`.
+
+    init: a folder on the results Volume, such as RUN/dense, or the name of a model that the hub's cache there has.
+    """
+
+    stage: str = "sft"
+    init: str = ""
+    parallel: str = ""
 
 
 def settings_for(
@@ -75,12 +87,20 @@ def settings_for(
 
 
 def suite_shards(
-    suites: Iterable[str], config: str, subject: str, checks: str, dtype: str, seed: int, gpu: Sequence[str]
+    suites: Iterable[str],
+    config: str,
+    subject: str,
+    checks: str,
+    dtype: str,
+    seed: int,
+    gpu: Sequence[str],
+    training: Training = Training(),
 ) -> list[Shard]:
     """The shards of whole suites, as `suites/gpu.py` is asked for them.
 
     Raises:
-        ValueError: a suite, preset or check that there is not, or one that cannot run without a GPU.
+        ValueError: a suite, preset, check or stage that there is not, one that cannot run without a GPU, or a training
+            that cannot be on these GPUs.
     """
     from reference import DeepseekV32Config
 
@@ -102,16 +122,53 @@ def suite_shards(
             lengths = BENCH_WORDS if gpu else ()
             found.append(Shard("bench", suite, ("bench", "--config", config, *lengths, *device), on_gpu=bool(gpu)))
         elif suite == "sft":
-            # With --resume from the first attempt on: where there is no state yet it starts at the first step.
-            ranks = gpu_count(gpu)
-            parallel = ("--parallel", f"fsdp={ranks}") if ranks > 1 else ()
-            words = ("train", "--stage", "sft", "--config", config, "--seed", str(seed), "--resume", *device, *parallel)
-            found.append(Shard("sft", suite, words, on_gpu=bool(gpu), resumes=True, ranks=ranks))
+            found.append(training_shard(training, config, seed, gpu))
         else:
             raise ValueError(f"--suite names {suite!r}; allowed are {', '.join(SUITES)}, separated by commas.")
     if not found:
         raise ValueError(f"--suite is empty; allowed are {', '.join(SUITES)}, separated by commas.")
     return found
+
+
+def training_shard(training: Training, config: str, seed: int, gpu: Sequence[str]) -> Shard:
+    """The shard that trains a stage, on as many ranks as there are GPUs.
+
+    Raises:
+        ValueError: a stage that there is not, an `init` that does not travel or has a config of its own, or a layout for
+            another number of ranks or another model.
+    """
+    from optimized.distributed import ParallelLayout
+    from reference import DeepseekV32Config
+
+    from ..training.stages import STAGES
+
+    stage, init, ranks = training.stage, training.init, gpu_count(gpu)
+    if stage not in STAGES:
+        raise ValueError(f"--stage is {stage!r}; allowed are {', '.join(STAGES)}.")
+    if init and Path(init).exists():
+        raise ValueError(
+            f"--init is {init!r}, a folder of this machine, which does not travel to Modal: give a folder on the Volume, "
+            "such as RUN/dense, or the name of a model that --checkpoint has downloaded there."
+        )
+    if init and config != DEFAULT_CONFIG:
+        raise ValueError(
+            f"--config {config} cannot be given with --init, whose checkpoint holds the config; leave one of them out."
+        )
+    parallel = training.parallel or (f"fsdp={ranks}" if ranks > 1 else "")
+    if parallel:
+        layout = ParallelLayout.parse(parallel)
+        if layout.world != ranks or ranks == 1:
+            raise ValueError(
+                f"--parallel {parallel} is for {layout.world} ranks, and --gpu asks for {ranks if gpu else 'no'} "
+                f"GPU{'s' * (ranks > 1)}; it must be as many, and several, such as --gpu H200:{max(2, min(8, layout.world))}."
+            )
+        if not init:
+            layout.check(DeepseekV32Config.preset(config), layout.world)
+    # With --resume from the first attempt on: where there is no state yet it starts at the first step.
+    words = ["train", "--stage", stage, *(["--init", init] if init else ["--config", config])]
+    words += ["--seed", str(seed), "--resume", *(["--device", "cuda"] if gpu else [])]
+    words += ["--parallel", parallel] if parallel else []
+    return Shard(stage, "sft", tuple(words), on_gpu=bool(gpu), resumes=True, ranks=ranks)
 
 
 def shipped(spec: str) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -227,7 +284,7 @@ def collect(shards: Sequence[Shard], settings: Settings, place_for: Any, console
     """Run `shards`, and write their one record as they end; returns `USAGE_ERROR` where it cannot be written, else 0."""
     count = gpu_count(settings.gpu)
     if wasteful := next((shard.name for shard in shards if shard.on_gpu and shard.ranks != count), None):
-        error = f"--gpu asks for {count} GPUs, and {wasteful} runs on one; only --sft runs on several."
+        error = f"--gpu asks for {count} GPUs, and {wasteful} runs on one; only a training, --sft or --stage, runs on several."
         print_line(Console(stderr=True), error)
         return USAGE_ERROR
     kept = Kept(settings.out)

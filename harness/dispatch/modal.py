@@ -14,6 +14,8 @@ from typing import Any
 import modal
 import modal.exception
 import modal.experimental
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from reports.text import one_line
 
@@ -34,6 +36,8 @@ LONGEST, MARGIN = 24 * 60 * MINUTES, 2 * MINUTES
 # More shards at once would wait for one another in most workspaces.
 AT_ONCE = 10
 ON_GPU, ON_CPU = "on_gpu", "on_cpu"
+# The flag of a shard whose value names a folder on a Volume.
+INIT = "--init"
 # After any of these a GPU may answer wrongly, or not at all, to the next process too.
 CUDA_ERRORS = ("CUDA error", "cudaError", "device-side assert", "illegal memory access", "CUBLAS_STATUS", "Xid")
 
@@ -143,8 +147,13 @@ def in_container(shard: Shard, run_name: str, limit: float) -> Items:
     if shard.suite == CHECKPOINT:
         # A container that is used again would not see what another one, or another attempt, has downloaded since.
         volume(HUB_VOLUME).reload()
-    out = Path(os.environ[RESULTS_VARIABLE]) / run_name / shard.name
-    for item in run_shard(shard, out, limit):
+    results = Path(os.environ[RESULTS_VARIABLE])
+    try:
+        shard = with_init_here(shard, results)
+    except ValueError as error:
+        yield End(problem=str(error), gpu=received, container=os.environ.get("MODAL_TASK_ID", ""))
+        return
+    for item in run_shard(shard, results / run_name / shard.name, limit):
         if isinstance(item, Piece):
             yield item
             continue
@@ -155,6 +164,32 @@ def in_container(shard: Shard, run_name: str, limit: float) -> Items:
         # After the answer is out, so that nothing that goes wrong here can lose it.
         if has_cuda_error(item):
             modal.experimental.stop_fetching_inputs()
+
+
+def with_init_here(shard: Shard, results: Path) -> Shard:
+    """The shard with the folder that its --init stands for in this container: one in `results`, or in the hub's cache.
+
+    Raises:
+        ValueError: neither of them has it.
+    """
+    if INIT not in shard.words:
+        return shard
+    place = shard.words.index(INIT) + 1
+    name = shard.words[place]
+    folder = results / name
+    if not folder.is_dir():
+        try:
+            config = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            # Not a name that the hub could have: a folder was meant.
+            config = None
+        if not isinstance(config, str):
+            raise ValueError(
+                f"{INIT} is {name!r}, which is no folder on the Volume {RESULTS_VOLUME}, and no model in the hub's cache on "
+                f"{HUB_VOLUME}, where --checkpoint puts one."
+            )
+        folder = Path(config).parent
+    return replace(shard, words=(*shard.words[:place], str(folder), *shard.words[place + 1 :]))
 
 
 def has_cuda_error(end: End) -> bool:

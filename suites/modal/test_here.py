@@ -15,6 +15,7 @@ from harness.checks import CHECKS, FAMILIES
 from harness.dispatch import fan_out as fanning
 from harness.dispatch.command import (
     Settings,
+    Training,
     bench_on_modal,
     dispatch,
     settings_for,
@@ -26,11 +27,12 @@ from harness.dispatch.fan_out import InfrastructureError, Place
 from harness.dispatch.keeping import Kept
 from harness.dispatch.local import log_tail, run_shard
 from harness.dispatch.merging import About, write_record
-from harness.dispatch.modal import gpu_list, has_cuda_error
+from harness.dispatch.modal import RESULTS_VARIABLE, gpu_list, has_cuda_error, in_container, with_init_here
 from harness.dispatch.shards import FILES, PACKAGES, End, Piece, Shard, fingerprint, verify_shards
 from harness.environment import ROOT
 from harness.verify import Request as VerifyRequest
 from reports.records import RunWriter, Status, read_run
+from suites.gpu import training_of
 
 from . import command
 
@@ -302,6 +304,70 @@ def test_sft_on_several_gpus_is_one_shard_of_as_many_ranks():
     assert shard.command.startswith(
         "python -m torch.distributed.run --standalone --nproc-per-node 8 -m harness.cli train"
     )
+
+
+def test_a_stage_starts_from_what_is_on_the_volume_and_shares_the_work_as_asked():
+    training = Training("warmup", "20260101-000000-abcdef/dense", "fsdp=2,ep=2")
+    (shard,) = suite_shards(["sft"], "tiny", "optimized", "all", "auto", 3, gpu_list("H200:4"), training)
+    assert (shard.name, shard.suite, shard.ranks, shard.resumes) == ("warmup", "sft", 4, True)
+    assert " ".join(shard.words) == (
+        "train --stage warmup --init 20260101-000000-abcdef/dense --seed 3 --resume --device cuda --parallel fsdp=2,ep=2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("training", "gpu", "config", "said"),
+    [
+        (Training("cooldown"), "H200", "tiny", "--stage is 'cooldown'; allowed are dense, warmup, sparse, sft"),
+        (Training(init="HERE"), "H200", "tiny", "which does not travel to Modal"),
+        (Training(init="RUN/dense"), "H200", "medium", "--config medium cannot be given with --init"),
+        (Training(parallel="fsdp=4"), "H200:8", "tiny", "--parallel fsdp=4 is for 4 ranks, and --gpu asks for 8 GPUs;"),
+        (Training(parallel="fsdp=2"), "none", "tiny", "--parallel fsdp=2 is for 2 ranks, and --gpu asks for no GPU;"),
+        (Training(parallel="fsdp=1"), "H200", "tiny", "--gpu asks for 1 GPU;"),
+        (Training(parallel="pp=2"), "H200:2", "tiny", "'pp' which is no axis"),
+        (Training(parallel="ep=7"), "H200:7", "tiny", "n_routed_experts is 8, which ep · tp = 7 does not divide"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_here(training, gpu, config, said, here):
+    training = replace(training, init=training.init.replace("HERE", str(here)))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        suite_shards(["sft"], config, "optimized", "all", "auto", 0, gpu_list(gpu), training)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((True, "dense", "", "", True), "--stage is 'dense', and --sft is stage sft"),
+        ((False, "", "RUN/dense", "", False), "--init is 'RUN/dense', which belongs to a training"),
+        ((False, "", "", "fsdp=2", False), "--parallel is 'fsdp=2', which belongs to a training"),
+    ],
+)
+def test_flags_of_a_training_belong_to_one(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        training_of(*given)
+    assert training_of(True, "sft", "a/b", "", True) == Training("sft", "a/b", "")
+
+
+def test_a_container_finds_what_a_training_starts_from(here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    model = here / "cache" / "models--acme--model"
+    (model / "snapshots" / "0123").mkdir(parents=True)
+    (model / "snapshots" / "0123" / "config.json").touch()
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    (here / "results" / "RUN" / "dense").mkdir(parents=True)
+
+    def found(name):
+        shard = Shard("sft", "sft", ("train", "--init", name, "--resume"), on_gpu=False)
+        return with_init_here(shard, here / "results").words[2:]
+
+    assert found("RUN/dense") == (str(here / "results" / "RUN" / "dense"), "--resume")
+    assert found("acme/model") == (str(model / "snapshots" / "0123"), "--resume")
+    assert with_init_here(stand_in("fine"), here) == stand_in("fine")
+    monkeypatch.setenv(RESULTS_VARIABLE, str(here / "results"))
+    for name in ("acme/other", "RUN/dense/2/3"):
+        (end,) = in_container(Shard("sft", "sft", ("train", "--init", name), on_gpu=False), "name", LIMIT)
+        assert f"--init is {name!r}, which is no folder on the Volume v32-results" in end.problem
 
 
 @pytest.mark.slow
