@@ -12,24 +12,22 @@ import optimized
 from harness.cases import build_case
 
 from .pairs import FAMILIES, built, config_of, construct, pair, reference_config
-
-# fp32: how far transformers' own sdpa and eager attention lie apart, times a few (test_parity.py measures it).
-NEAR = 5e-5
+from .yardstick import assert_near, upstream
 
 
 def check_forward_and_gradients(family: str) -> None:
     """Logits, loss and gradients of padded rows."""
-    theirs, ours = pair(family)
     case = build_case("left-padded", reference_config(family), seed=3, length=60)
-    losses = []
-    for model in (theirs, ours):
+    found = []
+    for model in (upstream(family, "eager"), upstream(family, "sdpa"), built(family, plugged=True)):
         out = model.train()(**case.inputs(), labels=case.labels)
         out.loss.backward()
-        losses.append(out)
-    assert (losses[0].logits - losses[1].logits)[case.real_BL].abs().max() < NEAR, family
-    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        assert a.grad is None or (a.grad - b.grad).abs().max() < NEAR * max(1.0, float(a.grad.abs().max())), name
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"logits": out.logits[case.real_BL], "loss": out.loss[None], **gradients})
+    eager, sdpa, ours = found
+    assert ours.keys() == sdpa.keys()
+    for name, expected in sdpa.items():
+        assert_near(ours[name], expected, (eager[name], expected), name=f"{family}: {name}")
 
 
 def check_generate(family: str) -> None:

@@ -39,12 +39,17 @@ def test_the_plug_in_holds_under_the_other_version():
 
 
 @pytest.mark.slow
-def test_a_tensor_parallel_plan_gives_the_gradients_of_one_process(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [("deepseek", "tensor"), ("glm-shared", "tensor"), ("glm-shared", "tensor-expert"), ("deepseek", "expert")],
+)
+def test_ranks_under_a_plan_of_transformers_give_what_one_process_gives(family, plan, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-         "suites.plug_in.tensor_parallel", str(tmp_path)],
+         "suites.plug_in.parallel_plans", str(tmp_path), family, plan],
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("The indexer's KL loss needs all 4 heads, and this process has 2 of them") == 2
+    refused = done.stdout.count("The indexer's KL loss needs all 4 heads, and this process has 2 of them")
+    assert refused == (0 if plan == "expert" else 2)
