@@ -7,6 +7,7 @@ Letters: B batch, L rows, P slots cached before them, S = P + L key slots, M hid
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -218,8 +219,13 @@ class TrainableCausalLM(OfTransformers):
             lm_loss + indexer_kl_coef · indexer_kl_loss.
 
         Raises:
+            TypeError: an argument is all but called output_indexer_kl_loss; transformers ignores names it does not know.
             ValueError: as the backbone's.
         """
+        if misspelt := get_close_matches("output_indexer_kl_loss", kwargs, n=1, cutoff=0.8):
+            raise TypeError(
+                f"The forward got {misspelt[0]!r}, which nobody reads; the name is 'output_indexer_kl_loss'."
+            )
         config = self.config
         coef = WithOwnFields(config).indexer_kl_coef
         loss_of = IndexerLoss() if output_indexer_kl_loss or coef else None

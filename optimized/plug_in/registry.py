@@ -102,6 +102,7 @@ def check_version(version: str) -> None:
 def _install() -> None:
     # Here, because another version of transformers may lack what these modules import.
     from transformers.monkey_patching import get_patch_mapping, register_patch_mapping
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
     from . import deepseek_v32, glm_moe_dsa
 
@@ -122,6 +123,9 @@ def _install() -> None:
             for original, ours in family.MODELS.items():
                 undo.callback(setattr, original, "__init__", original.__init__)
                 _wrap_init(original, ours, family.PARTS)
+                # By this table transformers finds the outputs that it records. It is filled when a model is constructed,
+                # by the class which that has then. The models stay, and so do their entries.
+                dict.__setitem__(_CAN_RECORD_REGISTRY, str(ours), ours._can_record_outputs)
         register_patch_mapping(parts)
         undo.callback(_unregister, parts)
         _hush_aliases(undo)

@@ -5,6 +5,7 @@ The yardstick is transformers' own: how far its sdpa and eager attention lie apa
 Letters: B batch, L tokens.
 """
 
+import copy
 import functools
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from harness.cases import build_case
-from harness.upstream import with_weights
-from suites.plug_in.pairs import CPU, FAMILIES, built, config_of, construct, reference_config, weights_of
+from suites.plug_in.pairs import FAMILIES, built, config_of, reference_config
+from suites.plug_in.yardstick import assert_near, upstream
 
 L = 60
 families = pytest.mark.parametrize("family", list(FAMILIES))
@@ -23,11 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*:Future
 @functools.cache
 def model(family, kind):
     """transformers' own under "sdpa" or "eager", or the one that is "plugged"."""
-    if kind == "plugged":
-        return built(family, plugged=True)
-    config = config_of(family)
-    config._attn_implementation = kind
-    return with_weights(construct(family)(config), weights_of(family), CPU, torch.float32).eval()
+    return built(family, plugged=True) if kind == "plugged" else upstream(family, kind)
 
 
 def case_of(family, name="text", length=L):
@@ -42,13 +39,12 @@ def run(of, case, **asked):
     return out.logits.detach(), {n: p.grad.clone() for n, p in of.named_parameters() if p.grad is not None}
 
 
-def assert_near(actual, expected, yardstick):
-    """Not farther from transformers' own than a few times as far as its two attentions lie apart."""
-    apart, scale = float((yardstick - expected).abs().max()), float(expected.abs().max())
-    off = float((actual - expected).abs().max())
-    assert off <= 8 * apart + 1e-6 * scale
-    # Four per cent more would not pass.
-    assert 0.04 * scale > 8 * apart + 1e-6 * scale
+@functools.cache
+def two_right_logits(family, name="text"):
+    """transformers' own logits of a case without a cache, by each of its attentions."""
+    case = case_of(family, name)
+    with torch.no_grad():
+        return tuple(model(family, kind)(**case.inputs()).logits for kind in ("eager", "sdpa"))
 
 
 @families
@@ -59,10 +55,28 @@ def test_logits_and_gradients_are_those_of_transformers(family, name):
     # Eager adds finfo.min to masked logits; its pad rows hold other junk.
     of_eager, gradients_of_eager = run(model(family, "eager"), case)
     ours, our_gradients = run(model(family, "plugged"), case)
-    assert_near(ours[case.real_BL], logits[case.real_BL], of_eager[case.real_BL])
+    real = case.real_BL
+    assert_near(ours[real], logits[real], (of_eager[real], logits[real]))
     assert our_gradients.keys() == gradients.keys()
     for parameter, gradient in gradients.items():
-        assert_near(our_gradients[parameter], gradient, gradients_of_eager[parameter])
+        assert_near(our_gradients[parameter], gradient, (gradients_of_eager[parameter], gradient), name=parameter)
+
+
+@families
+@pytest.mark.parametrize("asked", [{}, {"output_indexer_kl_loss": True}], ids=["plain", "with the KL"])
+def test_hidden_states_and_router_logits_are_handed_out(family, asked):
+    case = case_of(family)
+    wanted = {"output_hidden_states": True, "output_router_logits": True}
+    with torch.no_grad():
+        eager, sdpa = (model(family, kind)(**case.inputs(), **wanted) for kind in ("eager", "sdpa"))
+        ours = model(family, "plugged")(**case.inputs(), **wanted, **asked)
+    assert len(ours.hidden_states) == 4
+    assert len(ours.router_logits) == 2
+    for field in ("hidden_states", "router_logits"):
+        for actual, other, expected in zip(
+            getattr(ours, field), getattr(eager, field), getattr(sdpa, field), strict=True
+        ):
+            assert_near(actual, expected, (other, expected), name=field)
 
 
 @families
@@ -71,7 +85,7 @@ def test_short_rows_select_every_key(family):
     assert config_of(family).index_topk > 12
     with torch.no_grad():
         expected, eager, ours = (model(family, kind)(**case.inputs()).logits for kind in ("sdpa", "eager", "plugged"))
-    assert_near(ours, expected, eager)
+    assert_near(ours, expected, (eager, expected))
 
 
 @families
@@ -119,9 +133,9 @@ def test_chunks_through_a_cache_are_the_uncached_forward(family, static):
         for size in (25, 1, 1, L - 27):
             parts.append(of(case.input_ids[:, start : start + size], past_key_values=cache).logits)
             start += size
-        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-5)
         # Without what the cache holds, the last chunk is another text.
-        assert (of(case.input_ids[:, 27:], use_cache=False).logits - whole[:, 27:]).abs().max() > 0.1
+        forgotten = torch.cat([*parts[:-1], of(case.input_ids[:, 27:], use_cache=False).logits], 1)
+    assert_near(torch.cat(parts, 1), whole, two_right_logits(family), {"an empty cache": forgotten})
 
 
 @families
@@ -130,17 +144,16 @@ def test_packed_rows_are_kept_apart_however_they_are_asked(family):
     of, case = model(family, "plugged"), case_of(family, "packed")
     cuts = [int(i) for i in (case.position_ids[0] == 0).nonzero()] + [L]
     edges = torch.tensor(cuts, dtype=torch.int32)
+    eager, right = two_right_logits(family, "packed")
     with torch.no_grad():
-        right = model(family, "sdpa")(case.input_ids, position_ids=case.position_ids, use_cache=False).logits
+        together = of(case.input_ids).logits
         for asked in (
             {"position_ids": case.position_ids},
             {"position_ids": case.position_ids, "attention_mask": torch.ones_like(case.input_ids), "use_cache": False},
         ):
-            torch.testing.assert_close(of(case.input_ids, **asked).logits, right, rtol=0, atol=5e-5)
-        torch.testing.assert_close(
-            of(case.input_ids[:1], cu_seq_lens_q=edges, use_cache=False).logits, right[:1], rtol=0, atol=5e-5
-        )
-        assert (of(case.input_ids).logits - right).abs().max() > 0.1
+            assert_near(of(case.input_ids, **asked).logits, right, (eager, right), {"one document": together})
+        first = of(case.input_ids[:1], cu_seq_lens_q=edges, use_cache=False).logits
+        assert_near(first, right[:1], (eager[:1], right[:1]), {"one document": together[:1]})
 
 
 @families
@@ -157,15 +170,18 @@ def test_the_cache_follows_beams_crops_and_repeats():
     of, case = model("deepseek", "plugged"), case_of("deepseek")
     ids = case.input_ids
     with torch.no_grad():
-        whole = of(ids, use_cache=False).logits
+        whole, two = of(ids, use_cache=False).logits, two_right_logits("deepseek")
         cache = DynamicCache(config=of.config)
         of(ids[:, :40], past_key_values=cache)
+        uncropped = of(ids[:, 30:50], past_key_values=copy.deepcopy(cache)).logits
         cache.crop(-10)
-        assert_close_to = functools.partial(torch.testing.assert_close, rtol=0, atol=2e-5)
-        assert_close_to(of(ids[:, 30:50], past_key_values=cache).logits, whole[:, 30:50])
+        cropped = of(ids[:, 30:50], past_key_values=cache).logits
+        assert_near(cropped, whole[:, 30:50], tuple(x[:, 30:50] for x in two), {"not cropped": uncropped})
         cache.batch_repeat_interleave(2)
-        last = of(ids[:, 50:].repeat_interleave(2, 0), past_key_values=cache).logits
-        assert_close_to(last, whole[:, 50:].repeat_interleave(2, 0))
+        twice = ids.repeat_interleave(2, 0)
+        last, forgotten = of(twice[:, 50:], past_key_values=cache).logits, of(twice[:, 50:], use_cache=False).logits
+        expected, *two = (x[:, 50:].repeat_interleave(2, 0) for x in (whole, *two))
+        assert_near(last, expected, tuple(two), {"an empty cache": forgotten})
         packed = DynamicCache(config=of.config)
         of(ids[:, :40], position_ids=case_of("deepseek", "packed").position_ids[:, :40], past_key_values=packed)
         packed.batch_repeat_interleave(2)
