@@ -1,4 +1,7 @@
-"""Every tolerance of the project, each with the measurement that justifies it.
+"""The tolerances of models and operators, each with the measurement that justifies it.
+
+Those of the probes of models are in probes/model_budgets.py, of the same kind. Goldens (goldens/tolerances.py) are read by
+other languages and so have fixed ones; kernels/budgets.py counts registers and spills, which are no errors.
 
 The measuring stick is the reference in fp64. A subject in a lower precision is allowed
 

@@ -161,7 +161,10 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="Threads of torch in each process.")] = 1,
     repeats: Annotated[
-        int | None, typer.Option(help="Samples of each point, 3 or more; default 7, above 2048 tokens 3.")
+        int | None,
+        typer.Option(
+            help="Samples of each point, 3 or more; default 7, above 2048 tokens 3. `v32 compare` judges 7 or more."
+        ),
     ] = None,
     floors: Annotated[bool, typer.Option("--floors", help="Fail the run when a floor on record is missed.")] = False,
     peak_tflops: Annotated[

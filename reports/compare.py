@@ -7,7 +7,8 @@ times and peaks are shown, and not judged; on different inputs neither is accura
 
 Accuracy: the same seed gives the same inputs, so an error has no noise to be tested, and its effect alone is judged. A
 check is less accurate when its worst case takes at least `ACCURACY_EFFECT` times the share of its budget that it took,
-and `ACCURACY_SHARE` of the budget more; and when what was verified no longer is.
+and `ACCURACY_SHARE` of the budget more; and when what was verified no longer is, also because it is not looked at any
+more where the same was asked on the same hardware. Checks that the second run lacks altogether are named and counted.
 """
 
 from __future__ import annotations
@@ -68,12 +69,16 @@ class StatusChange:
     before: Status
     after: Status
     reason: str
+    # The same was asked of both runs, on the same hardware.
+    alike: bool = True
 
     @property
     def word(self) -> Word:
-        """Worse where what was verified fails, is vacuous or raises; better the other way round."""
+        """Worse where what was verified is so no longer, also by not being looked at; better where what failed is."""
         if self.after in FAILING:
             return "equal" if self.before in FAILING else "worse"
+        if self.before is Status.VERIFIED and self.alike:
+            return "worse"
         return "better" if self.before in FAILING and self.after is Status.VERIFIED else "not judged"
 
 
@@ -135,6 +140,7 @@ class Comparison:
         better, unjudged = words.count("better"), words.count("not judged")
         tail = f", {better} better" if better else ""
         tail += f"; {unjudged} not judged" if unjudged else ""
+        tail += f"; {len(self.missing)} missing from the second run" if self.missing else ""
         return f"{compared} — nothing is slower or less accurate{tail}"
 
     def _why_not(self) -> str:
@@ -160,7 +166,7 @@ def compare(before: Run, after: Run) -> Comparison:
     keys = [*verdicts[0], *samples[0]], [*verdicts[1], *samples[1]]
     return Comparison(
         differences=differences,
-        statuses=tuple(_changes(*verdicts)),
+        statuses=tuple(_changes(*verdicts, alike=not kinds & {"hardware", "input", "request"})),
         accuracy=tuple(_accuracy(before, after, bar)),
         times=tuple(_times(*samples, bar or ("the hardware differs" if "hardware" in kinds else ""), _judged_subject(after))),
         missing=tuple(_said(key) for key in keys[0] if key not in keys[1]),
@@ -202,12 +208,12 @@ def _by_key(verdicts: Iterable[Verdict]) -> dict[Key, Verdict]:
     return {(v.check, v.subject, v.case, v.dtype, v.device): v for v in verdicts}
 
 
-def _changes(before: dict[Key, Verdict], after: dict[Key, Verdict]) -> Iterator[StatusChange]:
+def _changes(before: dict[Key, Verdict], after: dict[Key, Verdict], *, alike: bool) -> Iterator[StatusChange]:
     for key, first in before.items():
         second = after.get(key)
         if second is not None and second.status is not first.status:
             check, subject, case, dtype, _ = key
-            yield StatusChange(check, subject, case, dtype, first.status, second.status, second.reason)
+            yield StatusChange(check, subject, case, dtype, first.status, second.status, second.reason, alike)
 
 
 def _accuracy(before: Run, after: Run, bar: str) -> Iterator[Drift]:

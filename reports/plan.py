@@ -47,7 +47,7 @@ class Plan:
         found = [
             f"Stage {d['stage']}, {_trains(d)}, {d['batch']} x {d['length']} tokens a rank before cp divides them, {d['dtype']} "
             f"weights, gradients and optimizer state, {recomputed} gradient checkpointing; attention by the path {d['path']}.",
-            f"{d['layouts_tried']} layouts were tried on {d['gpus']} x {d['gpu']['name']}, {d['layouts_that_fit']} fit with "
+            f"{_layouts(d['layouts_tried'])} tried on {d['gpus']} x {d['gpu']['name']}, {d['layouts_that_fit']} fit with "
             f"{percent(d['headroom'])} of a GPU's {d['gpu']['memory'] / GIB:.0f} GiB left free.",
             f"The KL of the indexer, for a rank's sequences before cp divides them, takes {_flop(dense)} over every visible key "
             f"(eq. 3), which grows as the square of the length, and {_flop(selected)} over the selected ones (eq. 4).",
@@ -115,7 +115,7 @@ class Plan:
 
     def _fitting(self, layouts: list[Any]) -> tuple[str, list[str], list[list[str]]]:
         rows = [
-            [one["layout"], f"{one['memory']['total'] / GIB:.1f}", f"{one['seconds']['floor']:.4g}",
+            [one["layout"], number(one["memory"]["total"] / GIB), f"{one['seconds']['floor']:.4g}",
              f"{one['seconds']['communication']:.4g}", f"{one['tokens_a_second']:,.0f}"]
             for one in layouts
         ]  # fmt: skip
@@ -148,6 +148,10 @@ def _flop(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}FLOP"
     return f"{value / 1e6:.3g} MFLOP"
+
+
+def _layouts(count: int) -> str:
+    return "1 layout was" if count == 1 else f"{count} layouts were"
 
 
 def _trains(data: Mapping[str, Any]) -> str:

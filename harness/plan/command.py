@@ -142,7 +142,7 @@ def job_for(request: Request) -> Job:
     found = None
     if request.measured is not None:
         try:
-            found = fraction(request.measured, cluster.gpu, warm_up=stage.trains == "indexer")
+            found = fraction(request.measured, cluster.gpu, request.dtype, warm_up=stage.trains == "indexer")
         except (RecordError, OSError) as error:
             raise ValueError(f"--measured is {request.measured}, which is no record of v32 bench: {error}") from error
     return Job(request, stage, step, cluster, fixed, found)

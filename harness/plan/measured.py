@@ -19,8 +19,8 @@ class Fraction:
     on: str
 
 
-def fraction(path: Path, gpu: Gpu, *, warm_up: bool) -> Fraction | str:
-    """The share that a record of `v32 bench` holds for this GPU, or the sentence that says why it holds none.
+def fraction(path: Path, gpu: Gpu, dtype: str, *, warm_up: bool) -> Fraction | str:
+    """The share that a record of `v32 bench` holds for this GPU and dtype, or the sentence that says why it holds none.
 
     Raises:
         RecordError: not a record.
@@ -31,6 +31,8 @@ def fraction(path: Path, gpu: Gpu, *, warm_up: bool) -> Fraction | str:
         return (
             f"The record {path} was measured on {device or 'no GPU'}, not on {gpu.name}: it tells nothing of this step."
         )
+    if run.header.get("dtypes") != [dtype]:
+        return f"The record {path} was measured in {flat(run.header.get('dtypes'))}, not in {dtype}: it tells nothing of this step."
     wanted, found = WARM_UP if warm_up else TRAINING, timings(run)
     rows = [
         row for row in (found.rows if found is not None else ())
@@ -42,7 +44,7 @@ def fraction(path: Path, gpu: Gpu, *, warm_up: bool) -> Fraction | str:
     seconds, flop = last.middle("seconds"), last.flop
     assert seconds is not None and flop is not None
     share = flop / seconds / gpu.flops
-    return Fraction(share, f"{wanted} of {run.header.get('config')} at {last.length} tokens on {device}")
+    return Fraction(share, f"{wanted} of {run.header.get('config')} at {last.length} tokens in {dtype} on {device}")
 
 
 def _gpu_name(run: Run) -> str:

@@ -145,7 +145,7 @@ def test_a_slower_peer_is_nobodys_regression(tmp_path):
         ([check(value=0.6)], 4, "parity.logits, optimized, float32, share of budget 2x"),
         ([check(value=1.2, status=Status.FAILED)], 4, "parity.logits on text is failed"),
         ([check(status=Status.ERROR, reason="boom")], 4, "parity.logits on text is error"),
-        ([check(status=Status.SKIPPED)], 0, "nothing is slower"),
+        ([check(status=Status.SKIPPED)], 4, "parity.logits on text is skipped"),
         ([check(value=0.1)], 0, "1 better"),
     ],
 )
@@ -162,6 +162,17 @@ def test_a_small_share_of_a_budget_may_grow(tmp_path):
 def test_a_check_that_failed_already_is_not_a_regression(tmp_path):
     runs = [bench(tmp_path / name, 1, checks=[check(value=2.0, status=Status.FAILED)]) for name in "ab"]
     assert compared(*runs) == 0
+
+
+@pytest.mark.parametrize("after", [Status.SKIPPED, Status.NOT_APPLICABLE])
+def test_a_check_that_no_longer_looks_is_a_regression(tmp_path, capsys, after):
+    before = bench(tmp_path / "a", 1, checks=[check(), check("kl.loss")])
+    blind = [check(), check("kl.loss", status=after)]
+    assert compared(before, bench(tmp_path / "b", 1, checks=blind)) == 4
+    assert "kl.loss" in capsys.readouterr().out
+    # On another machine it may have to be left out.
+    other = {"cpu": {"model": "two", "cores": 2}, "gpu": []}
+    assert compared(before, bench(tmp_path / "c", 1, checks=blind, environment=other)) == 0
 
 
 def test_missing_and_new_checks_are_named(tmp_path, capsys):

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from harness.bench.point import TRAINING
 from harness.cli import app
 from harness.plan.command import Request, document, job_for, memory_verdict, parameters_verdict
+from harness.plan.hardware import GPUS
 from harness.plan.layouts import ranked
+from harness.plan.measured import fraction
 from reports.html import html
-from reports.records import read_run
-from reports.schema import Status
+from reports.records import RunWriter, read_run
+from reports.schema import Measurement, Status
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--config", "tiny", "--gpus", "2xH100", "--seq-len", "256", "--no-check")
@@ -122,3 +125,32 @@ def test_adapters_are_planned_for_one_gpu():
     assert plan["lora"] == ["attention", "experts"]
     memory = plan["layouts"][0]["memory"]
     assert memory["optimizer"] == 2 * memory["gradients"] < memory["weights"] / 50
+
+
+def record_of_bench(folder, **changes):
+    """A record of `v32 bench` on an H200, of one time of a training pass."""
+    header = {
+        "subject": "optimized", "config": "v32", "dtypes": ["bfloat16"], "bench": {"subject": "optimized"},
+        "environment": {"gpu": [{"name": "NVIDIA H200"}]}, **changes,
+    }  # fmt: skip
+    point = {
+        "quantity": "seconds",
+        "contestant": "optimized",
+        "pass": TRAINING,
+        "length": 4096,
+        "batch": 1,
+        "flop": 4.0e14,
+    }
+    with RunWriter(folder / "run.jsonl", header) as writer:
+        writer.write(Measurement("time", "optimized", "L 4096", (1.0,), "s", {"point": point}))
+    return folder
+
+
+def test_a_measured_share_is_one_of_the_same_gpu_and_dtype(tmp_path):
+    record = record_of_bench(tmp_path)
+    found = fraction(record, GPUS["H200"], "bfloat16", warm_up=False)
+    assert found.share == pytest.approx(4.0e14 / GPUS["H200"].flops)
+    assert "bfloat16 on " in found.on
+    assert "not on H100" in fraction(record, GPUS["H100"], "bfloat16", warm_up=False)
+    assert "was measured in bfloat16, not in float32" in fraction(record, GPUS["H200"], "float32", warm_up=False)
+    assert "no time of the pass" in fraction(record, GPUS["H200"], "bfloat16", warm_up=True)
