@@ -41,6 +41,9 @@ class Listener:
     def began(self, step: int, facts: Mapping[str, JSON]) -> None:
         """The first step of this process is next, after `step` steps; `facts` are for the record's header."""
 
+    def noted(self, sentence: str) -> None:
+        """Something a reader of the record should know, after `began`."""
+
     def stepped(self, values: Mapping[str, JSON]) -> None:
         """A step is done."""
 
@@ -125,13 +128,15 @@ def train(
     # Before the optimizers, whose counters of expert loads would count this forward.
     gradients = judge_gradients(model, stage, batch_of(stage, mixture, 0))
     run = _Run(model, stage, mixture, build_optimizers(model, stage), audit, listener, measure_every)
-    first = 0
+    first, notes = 0, []
     if state is not None:
-        extra = restore(state, model, run.optimizers)
+        extra, notes = restore(state, model, run.optimizers)
         first, audit.steps, audit.gradients = state.step, state.step, extra["gradients"]
         run.seconds = extra["seconds"]
     recipe = {"recipe": who["stage"], "data": who["data"], "weights at the start": who["weights at the start"]}
     listener.began(first, {"parameters": parameter_counts(model), **recipe})
+    for note in notes:
+        listener.noted(note)
     run.judged(gradients)
     problem = None
     for step in range(first, stage.steps):

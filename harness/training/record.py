@@ -14,6 +14,7 @@ from reports.training import STARTED, STEP
 
 from .loop import Listener
 
+NOTE = "note"
 # Under this name until it holds all that is kept of the record before: a kill in between loses nothing.
 _NEXT = f".{RUN_FILE}.next"
 
@@ -61,6 +62,11 @@ class Recorder(Listener):
                 "put the record back, or start again in another folder."
             )
         return found
+
+    def noted(self, sentence: str) -> None:
+        """Record and show a sentence."""
+        self.writer.event(NOTE, text=sentence)
+        self.live.note(sentence)
 
     def stepped(self, values: Mapping[str, JSON]) -> None:
         """Record and show a step."""

@@ -5,7 +5,8 @@ identity of the run, evidence of the audit, digests of all files). It is written
 renamed when it is whole. The last two are kept. Nothing is pickled.
 
 Several ranks write a folder `shards` in place of the one file, in the format of torch.distributed.checkpoint, each what
-it holds. Any number of ranks reads it again, and one process too. torch pickles its index, whose digest is checked first.
+it holds. torch pickles its index, whose digest is checked first. Either kind is read by one process and by any number of
+ranks.
 
 The data needs no state: a batch is a function of seed and step (data.py), and so are the learning rates (optimizers.py).
 """
@@ -19,7 +20,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -142,8 +143,15 @@ def read_state(out: Path, identity: Mapping[str, JSON]) -> State | None:
     return State(path, step, facts, tensors)
 
 
-def restore(state: State, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, JSON]:
-    """Put a state into a model and optimizers that were built as for its first step; returns its `extra`.
+def restore(
+    state: State, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> tuple[dict[str, JSON], list[str]]:
+    """Put a state into a model and optimizers that were built as for its first step.
+
+    What one process wrote is read by each of several ranks, which keeps its part.
+
+    Returns:
+        The state's `extra`, and a sentence for whatever makes this run go on with other bits than an unbroken one.
 
     Raises:
         StateError: a tensor is missing, too many, or of another shape or dtype.
@@ -152,19 +160,36 @@ def restore(state: State, model: nn.Module, optimizers: Iterable[torch.optim.Opt
     extra: dict[str, JSON] = state.facts["extra"]
     if state.tensors is None:
         _restore_shards(state.path, model, optimizers)
-        return extra
-    if ranks_of(model) is not None:
-        raise StateError(f"State {state.path} was written by one process; go on with it without --parallel.")
+        return extra, []
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
     for name, tensor in state.tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     _restore_model(state.path, model, parts["model"])
     _restore_optimizers(state.path, model, optimizers, parts["optimizer"])
-    torch.set_rng_state(parts["random"]["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([parts["random"][f"cuda{i}"] for i in range(torch.cuda.device_count())])
-    return extra
+    notes = _restore_random(state.path, parts["random"], next(model.parameters()).device)
+    if ranks_of(model) is not None:
+        notes.append(f"State {state.path} is of one process: on several ranks the run goes on equal to rounding.")
+    return extra, notes
+
+
+def _restore_random(path: Path, saved: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """Set the generators that the state knows; says which of a model on `device` it does not."""
+    torch.set_rng_state(saved["cpu"])
+    if not torch.cuda.is_available():
+        return []
+    missing = []
+    for i in range(torch.cuda.device_count()):
+        if f"cuda{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"cuda{i}"], i)
+        else:
+            missing.append(str(i))
+    if not missing or device.type != "cuda":
+        return []
+    return [
+        f"State {path} holds no random numbers of GPU {', '.join(missing)}, where none was when it was written: the run "
+        "goes on, but not bit for bit."
+    ]
 
 
 def _tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -217,7 +242,7 @@ def _restore_model(path: Path, model: nn.Module, saved: dict[str, Tensor]) -> No
                     f"State {path}: tensor {name!r} is {saved[name].dtype} {list(saved[name].shape)}; "
                     f"the model's is {tensor.dtype} {list(tensor.shape)}."
                 )
-            tensor.copy_(saved[name])
+            tensor.copy_(_placed_as(tensor, saved[name]))
 
 
 def _restore_optimizers(
@@ -229,7 +254,10 @@ def _restore_optimizers(
         i, key, name = label.split(".", 2)
         if name not in by_name or int(i) >= len(optimizers):
             raise StateError(f"State {path}: optimizer {i} kept {key!r} of {name!r}, which this run does not train.")
-        states[int(i)].setdefault(by_name[name], {})[key] = value
+        parameter = by_name[name]
+        # Moments have the shape of their parameter, and lie where it lies; counts of steps are whole everywhere.
+        placed = _placed_as(parameter, value) if value.shape == parameter.shape else value
+        states[int(i)].setdefault(parameter, {})[key] = placed
     for optimizer, found in zip(optimizers, states, strict=True):
         # Groups and rates are functions of the stage and the step; only what was accumulated is read back.
         groups = optimizer.state_dict()["param_groups"]
@@ -238,6 +266,16 @@ def _restore_optimizers(
         optimizer.load_state_dict(
             {"state": {numbers[id(tensor)]: values for tensor, values in found.items()}, "param_groups": groups}
         )
+
+
+def _placed_as(like: Tensor, whole: Tensor) -> Tensor:
+    """`whole` itself, or this rank's part of it where `like` is spread over ranks; nothing is sent."""
+    if not hasattr(like, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = cast(Any, like).device_mesh
+    return distribute_tensor(whole.to(like.device), mesh, cast(Any, like).placements, src_data_rank=None)
 
 
 def _facts(path: Path, found: list[tuple[int, Path]]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ def test_a_stage_on_two_ranks(stages: tuple[Path, dict[str, Any]], name: str) ->
     assert answer["norms"] <= 4 * torch.finfo(torch.float32).eps
     assert answer["few rows"] <= CLOSE, "rows of a long sequence, wherever they are computed"
     assert answer["resumed"] == 0, "bit for bit, on the same world"
+    assert answer["from one process"] <= CLOSE
+    assert answer["weights from one process"] <= CLOSE
     assert answer["verdicts"], "every verdict is that of one process"
     assert "verified" in answer["statuses"]
 

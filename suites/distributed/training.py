@@ -76,18 +76,37 @@ def fresh(stage: str) -> Any:
     return model_for(Question("", sparse=stage == "sparse"))
 
 
+def forget_the_last(out: Path) -> None:
+    """Leave the state after `SAVED_AT` steps to go on from."""
+    shutil.rmtree(out / FOLDER / f"step-{STEPS:08d}")
+
+
 def prepare(arguments: list[str]) -> Any:
     """One process's steps, verdicts and weights, of every stage asked for."""
     torch.set_num_threads(1)
-    _, *pairs = arguments
+    folder, *pairs = arguments
     expected = {}
     for stage in dict.fromkeys(pairs[::2]):
-        trained = run(fresh(stage), stage)
+        trained = run(fresh(stage), stage, out=Path(folder) / stage)
+        forget_the_last(Path(folder) / stage)
         weights = {name: x.detach().clone() for name, x in trained.model.state_dict().items()}
         verdicts = [(v.check, v.status.value) for v in trained.verdicts]
         few = measured_on_few_rows(fresh(stage), stage)
         expected[stage] = told(trained), norms(trained), verdicts, weights, few
     return expected
+
+
+def last_forgotten(rank: int, out: Path) -> None:
+    """`forget_the_last`, by the first rank, while the others wait."""
+    torch.distributed.barrier()
+    if rank == 0:
+        forget_the_last(out)
+    torch.distributed.barrier()
+
+
+def farthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """How far the tensor that is farthest from its expected value is from that."""
+    return max(apart(found[name], x) for name, x in expected.items())
 
 
 def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, Any]]:
@@ -103,21 +122,22 @@ def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[st
 
         trained = run(parallel(), stage, out=out)
         found = full_state_dict(trained.model)
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.rmtree(out / FOLDER / f"step-{STEPS:08d}")
-        torch.distributed.barrier()
+        last_forgotten(rank, out)
         again = run(parallel(), stage, out=out, resume=True)
+        last_forgotten(rank, out)
+        # What one process wrote, which all layouts of the stage go on from.
+        from_one = run(parallel(), stage, out=Path(folder) / stage, resume=True)
+        after = full_state_dict(from_one.model)
+        last_forgotten(rank, Path(folder) / stage)
         answers[f"{stage} {layout}"] = {
             "rows": largest(distance(told(trained), rows)),
-            "weights": largest(max((apart(found[name], x) for name, x in weights.items()), default=0.0) if rank == 0 else 0.0),
+            "weights": largest(farthest(found, weights) if rank == 0 else 0.0),
             "norms": largest(distance(norms(trained), expected_norms)),
             "resumed": largest(distance(told(again) + norms(again), (told(trained)[SAVED_AT:] + norms(trained)[SAVED_AT:]))),
+            "from one process": largest(distance(told(from_one), rows[SAVED_AT:])),
+            "weights from one process": largest(farthest(after, weights) if rank == 0 else 0.0),
             "few rows": largest(distance([measured_on_few_rows(parallel(), stage)], [few])),
             "verdicts": [(v.check, v.status.value) for v in trained.verdicts] == verdicts,
             "statuses": sorted({v.status.value for v in trained.verdicts}),
         }  # fmt: skip
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.rmtree(out / FOLDER / f"step-{STEPS:08d}")
     return answers

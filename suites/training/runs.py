@@ -48,9 +48,13 @@ class Listening(Listener):
 
     def __init__(self, at_step=None):
         self.at_step, self.first, self.steps, self.verdicts = at_step, None, [], []
+        self.notes = []
 
     def began(self, step, facts):
         self.first, self.facts = step, facts
+
+    def noted(self, sentence):
+        self.notes.append(sentence)
 
     def stepped(self, values):
         self.steps.append(values)

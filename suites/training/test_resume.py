@@ -108,6 +108,37 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     assert again[0] == drawn[2]
 
 
+@pytest.mark.parametrize(
+    ("saved", "gpus", "device", "said"),
+    [
+        (1, 2, "cuda:1", "of GPU 1,"), (0, 2, "cuda:0", "of GPU 0, 1,"), (2, 2, "cuda:0", None), (2, 1, "cuda:0", None),
+        (0, 1, "cpu", None), (1, 0, "cpu", None),
+    ],
+)  # fmt: skip
+def test_generators_that_a_state_does_not_know_are_left_and_named(saved, gpus, device, said, monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, i: given.update({i: state}))
+    state = torch.get_rng_state()
+    random = {"cpu": state, **{f"cuda{i}": state + i for i in range(saved)}}
+    notes = state_module._restore_random(Path("runs/x/state/step-00000002"), random, torch.device(device))
+    assert {i: bool((held == state + i).all()) for i, held in given.items()} == dict.fromkeys(
+        range(min(saved, gpus)), True
+    )
+    assert len(notes) == (said is not None)
+    if said is not None:
+        assert said in notes[0] and notes[0].endswith("but not bit for bit.")
+
+
+def test_what_a_state_lacks_is_told_to_the_listener(tmp_path, monkeypatch):
+    stopped(tmp_path)
+    monkeypatch.setattr(state_module, "_restore_random", lambda *_: ["A sentence."])
+    listener = Listening()
+    going_on(tmp_path, listener=listener)
+    assert listener.notes == ["A sentence."]
+
+
 def test_a_finished_stage_that_is_resumed_trains_no_further(tmp_path):
     stage = short("warmup", steps=4)
     model = model_for(DeepseekV32ForCausalLM)
