@@ -17,7 +17,7 @@ from ..verify import USAGE_ERROR, command_line
 from .data import Mixture, sources
 from .faults import FAULTS
 from .stages import stage_for
-from .table import COUNT, Table, measurements, notices, one_seed, verdicts
+from .table import COUNT, GivenUp, Table, measurements, notices, one_seed, verdicts
 
 INTERRUPTED = 130
 WEIGHTS = "weights"
@@ -53,6 +53,8 @@ def recipe(request: Request, console: Console) -> int:
         _run(request, config, console)
     except KeyboardInterrupt:
         return finish(request.out, console, f"weights: {request.out / WEIGHTS}") or INTERRUPTED
+    except GivenUp as error:
+        print_line(errors, f"v32 recipe: {error}")
     except OSError as error:
         print_line(errors, f"v32 recipe: {request.out} cannot be written: {error.strerror or error}.")
         return 3
@@ -79,12 +81,17 @@ def _run(request: Request, config: DeepseekV32Config, console: Console) -> None:
             for seed in range(request.seeds):
                 progress.start("train.recipe", f"seed {seed}")
                 keep = request.out / WEIGHTS
-                done.append(one_seed(config, seed, faults=faults, count=COUNT, stages=stage_for, keep=keep))
+                try:
+                    done.append(one_seed(config, seed, faults=faults, count=COUNT, stages=stage_for, keep=keep))
+                except GivenUp as error:
+                    writer.write(error.verdict)
+                    progress.done(error.verdict)
+                    raise
                 for verdict in verdicts(done[-1]):
                     writer.write(verdict)
                     progress.done(verdict)
         finally:
-            # Also of an interrupted run: the seeds that are done have their rows in the table.
+            # Also of a run that was interrupted or given up: the seeds that are done have their rows in the table.
             if done:
                 whole = Table.joined(done)
                 for measurement in (*measurements(whole), *notices(whole)):

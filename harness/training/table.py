@@ -26,6 +26,7 @@ from .evaluate import COUNT, SELECTIONS, TASKS, Evaluation, evaluate
 from .faults import FAULTS, Fault, faulty
 from .loop import train
 from .stages import Stage, stage_for
+from .verdicts import not_finite
 
 FAMILY = "train"
 RECIPE, LONGER, SERVED = "recipe", "dense trained equally long", ", served by right code"
@@ -75,6 +76,14 @@ class Table:
         raise ValueError(f"The table has no row of seed {seed}, stage {stage!r}, {code!r}, selection {selection!r}.")
 
 
+class GivenUp(RuntimeError):
+    """A stage that ended early because a loss was not finite: one sentence, and in `verdict` what the loop judged."""
+
+    def __init__(self, sentence: str, verdict: Verdict) -> None:
+        super().__init__(sentence)
+        self.verdict = verdict
+
+
 @dataclass(slots=True)
 class _Run:
     """One seed's way through the recipe."""
@@ -94,8 +103,12 @@ class _Run:
             model, stage, Mixture(config, self.seed), seed=self.seed, stop_early=False, measure_every=stage.steps
         )
         # An indexer that tells nothing is what the table shows; a stage that was given up leaves nothing to show.
-        if len(trained.steps) < stage.steps:
-            raise RuntimeError(f"Seed {self.seed}, {called}: {trained.problem}")
+        if not_finite(trained.steps[-1]) is not None:
+            judged = next(verdict for verdict in trained.verdicts if verdict.check == "train.losses")
+            where = f"{stage.name}, seed {self.seed}" if called == RECIPE else f"{called}, seed {self.seed}"
+            raise GivenUp(
+                f"Seed {self.seed}, {called}: {trained.problem}", replace(judged, subject="optimized", case=where)
+            )
         self.seconds.append((self.seed, stage.name if called == RECIPE else called, time.process_time() - started))
         return trained.model
 
@@ -117,7 +130,7 @@ def table(
         keep: a folder for the weights, as `seed<n>/dense`, `warmup`, `sparse`; None keeps nothing.
 
     Raises:
-        RuntimeError: a stage that was given up, because a loss was not finite; in the loop's own sentence.
+        GivenUp: a stage ended early, because a loss was not finite; in the loop's own sentence.
     """
     return Table.joined(
         [one_seed(config, seed, faults=faults, ks=ks, count=count, stages=stages, keep=keep) for seed in seeds]
