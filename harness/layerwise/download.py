@@ -13,9 +13,9 @@ from reports.terminal import print_line
 
 from ..environment import capture
 from ..verify import USAGE_ERROR, one_sentence
-from .command import typed
+from .command import NOTHING_VERIFIED, typed
 from .layer import LayerFiles
-from .source import Missing, gigabytes, locate
+from .source import CutError, Missing, gigabytes, locate
 
 EVENT = "download"
 
@@ -49,7 +49,8 @@ def download(request: Request, console: Console) -> int:
         files = LayerFiles(source.directory, torch.bfloat16, torch.device("cpu"))
     except ValueError as error:
         print_line(Console(stderr=True), f"{one_sentence(error)}")
-        return USAGE_ERROR
+        # What the network ended is no wrong request.
+        return NOTHING_VERIFIED if isinstance(error, CutError) else USAGE_ERROR
     command = typed()
     seconds = round(time.monotonic() - started, 3)
     with RunWriter(request.out / RUN_FILE, {"environment": capture(command)}) as writer:
