@@ -2,7 +2,8 @@
 //
 // The forward pass keeps a running maximum over tiles of keys, as flash attention does. The backward pass knows
 // lse; it walks over the keys twice per block, first for P, dP and Delta, then for the three gradients, because
-// dS = P (dP - Delta) needs Delta complete.
+// dS = P (dP - Delta) needs Delta complete. Between the two P is divided by its sum, which the rounding of lse has
+// moved off 1: see sparse_mla.cpp.
 //
 // A product over keys or rows hides some of them by a weight of 0, so what it sums must be finite: v and, in the
 // backward pass, `clean_k` come with 0 for what is not, and so do the rows that are packed here. The caller puts NaN
@@ -133,8 +134,12 @@ public:
             // Missing rows get weights of exp(0 - inf) = 0.
             shift[i / WIDTH][i % WIDTH] = i < block.rows ? lse[i * shape.H] : INF;
         }
-        for (int n = 0; n < N; ++n) delta[n] = Floats{};
+        for (int n = 0; n < N; ++n) delta[n] = total[n] = Floats{};
         for_tiles([&](int64_t first, int64_t last) { recompute(k, v, first, last); });
+        for (int n = 0; n < N; ++n) {
+            share[n] = share_of(total[n]);
+            delta[n] *= share[n];
+        }
         for_tiles([&](int64_t first, int64_t last) {
             float *weight = weights + (first - visible.low) * LANES, *dlogit = dlogits + (first - visible.low) * LANES;
             finish_dlogits(first, last, weight, dlogit);
@@ -172,6 +177,7 @@ private:
                 for (int n = 0; n < N; ++n) {
                     Floats p = exp(sums[m][n] - shift[n]);
                     if (!whole) p = where(visible[s + m] >> (n * WIDTH), p, Floats{});
+                    total[n] += p;
                     store(weight + m * LANES + n * WIDTH, p);
                 }
             row_dots(values, dout_columns, shape.V, sums);
@@ -185,15 +191,16 @@ private:
         }
     }
 
-    // dS = P (dP - Delta), in place of dP.
-    void finish_dlogits(int64_t first, int64_t last, const float* weight, float* dlogit) {
+    // P of sum 1, and dS = P (dP - Delta) in place of dP.
+    void finish_dlogits(int64_t first, int64_t last, float* weight, float* dlogit) {
         bool whole = visible.all(first, last);
         for (int64_t s = first; s < last; ++s)
             for (int n = 0; n < N; ++n) {
                 int64_t i = (s - first) * LANES + n * WIDTH;
-                Floats ds = load(weight + i) * (load(dlogit + i) - delta[n]);
+                Floats p = load(weight + i) * share[n], ds = p * (load(dlogit + i) - delta[n]);
                 // Delta of a poisoned row is NaN, which 0 does not hide.
                 if (!whole) ds = where(visible[s] >> (n * WIDTH), ds, Floats{});
+                store(weight + i, p);
                 store(dlogit + i, ds);
             }
     }
@@ -202,7 +209,7 @@ private:
     float scale;
     Visibility visible;
     Scratch<float> q_columns, dout_columns, q_rows, dout_rows, dq_columns, weights, dlogits;
-    Floats shift[N], delta[N];
+    Floats shift[N], total[N], share[N], delta[N];
 };
 
 void forward(const Shape& shape, int64_t B, const float* q, const float* k, const float* v, const int32_t* bounds,

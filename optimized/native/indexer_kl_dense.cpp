@@ -1,9 +1,9 @@
 // The indexer's loss over all visible keys (or those of a mask), and its closed-form gradients, a block of rows
 // after another.
 //
-// Two walks over the keys of a block: the first finds the logsumexp of the scores, the second recomputes them and
-// has all that a key's divergence and gradients take. Operands must be finite (a weight of 0 hides a key in the
-// products).
+// Two walks over the keys of a block: the first finds the logsumexp of the scores, and the target up to the factor that
+// makes it sum to 1; the second recomputes the scores and has all that a key's divergence and gradients take. Operands
+// must be finite (a weight of 0 hides a key in the products).
 
 #include <atomic>
 
@@ -37,7 +37,7 @@ public:
         : in(in), wanted(wanted), visible(in.S), iq_columns(in.J * in.E * LANES), iq_rows(LANES * in.J * in.padded_e()),
           w_columns(in.J * LANES), q_columns(in.H * in.D * LANES), lse_columns(in.H * LANES),
           diq_columns(in.J * in.E * LANES), dw_columns(in.J * LANES), relus(in.J * tile_keys() * LANES),
-          scores(tile_keys() * LANES), dik(wanted ? in.S * in.padded_e() : 0) {}
+          scores(tile_keys() * LANES), targets(in.S * LANES), dik(wanted ? in.S * in.padded_e() : 0) {}
 
     // Rows first, ..., first + rows - 1 of all, which belong to batch entry b. Memory that blocks share is only
     // written when it is the turn of `ticket`.
@@ -52,15 +52,19 @@ public:
         }
         for (int n = 0; n < N; ++n) {
             top[n] = broadcast(-INF);
-            total[n] = divergence[n] = Floats{};
+            total[n] = divergence[n] = mass[n] = Floats{};
         }
-        for_tiles([&](int64_t from, int64_t to) { find_lse(ik, from, to); });
+        for_tiles([&](int64_t from, int64_t to) {
+            find_lse(ik, from, to);
+            find_target(k, from, to);
+        });
         for (int n = 0; n < N; ++n) {
             float lanes[WIDTH];
             for (int i = 0; i < WIDTH; ++i) lanes[i] = top[n][i] + std::log(total[n][i]);
             score_lse[n] = load(lanes);
+            share[n] = share_of(mass[n]);
         }
-        for_tiles([&](int64_t from, int64_t to) { compare(ik, k, from, to); });
+        for_tiles([&](int64_t from, int64_t to) { compare(ik, from, to); });
         for (int r = 0; r < rows; ++r) kl[first + r] = divergence[r / WIDTH][r % WIDTH];
         if (wanted) write(b, first, rows, grads, turn, ticket);
     }
@@ -137,7 +141,22 @@ private:
         }
     }
 
-    // p of M keys, the heads' mean of exp(z - lse).
+    // The heads' sum of exp(z - lse) of a tile, kept until its own sum is known.
+    void find_target(const float* k, int64_t first, int64_t last) {
+        bool whole = visible.all(first, last);
+        for (int64_t s = first; s < last; s += M) {
+            Floats p[M][N];
+            target(k, s, last, p);
+            for (int m = 0; m < M && s + m < last; ++m)
+                for (int n = 0; n < N; ++n) {
+                    if (!whole) p[m][n] = where(visible[s + m] >> (n * WIDTH), p[m][n], Floats{});
+                    mass[n] += p[m][n];
+                    store(targets + (s + m - visible.low) * LANES + n * WIDTH, p[m][n]);
+                }
+        }
+    }
+
+    // The same of M keys.
     INLINE void target(const float* k, int64_t s, int64_t last, Floats (&p)[M][N]) {
         for (int m = 0; m < M; ++m)
             for (int n = 0; n < N; ++n) p[m][n] = Floats{};
@@ -151,22 +170,20 @@ private:
                 for (int m = 0; m < M; ++m) p[m][n] += exp(logits[m][n] - shift);
             }
         }
-        for (int m = 0; m < M; ++m)
-            for (int n = 0; n < N; ++n) p[m][n] /= static_cast<float>(in.H);
     }
 
     // A tile's divergence and, if wanted, gradients.
-    void compare(const float* ik, const float* k, int64_t first, int64_t last) {
+    void compare(const float* ik, int64_t first, int64_t last) {
         bool whole = visible.all(first, last);
         for (int64_t s = first; s < last; s += M) {
             float* kept = relus + (s - first) * LANES;
-            Floats sums[M][N], p[M][N];
+            Floats sums[M][N];
             score(ik, s, last, wanted ? kept : nullptr, sums);
-            target(k, s, last, p);
             for (int m = 0; m < M && s + m < last; ++m)
                 for (int n = 0; n < N; ++n) {
                     uint64_t bits = whole ? ~uint64_t{0} : visible[s + m] >> (n * WIDTH);
-                    Floats mine = where(bits, p[m][n], Floats{}), log_softmax = sums[m][n] - score_lse[n];
+                    Floats mine = load(targets + (s + m - visible.low) * LANES + n * WIDTH) * share[n];
+                    Floats log_softmax = sums[m][n] - score_lse[n];
                     divergence[n] += mine == Floats{} ? Floats{} : mine * (log(mine) - log_softmax);
                     if (!wanted) continue;
                     score_gradient(where(bits, exp(log_softmax) - mine, Floats{}), bits, n, kept + m * LANES);
@@ -208,8 +225,9 @@ private:
     Inputs in;
     bool wanted;
     Visibility visible;
-    Scratch<float> iq_columns, iq_rows, w_columns, q_columns, lse_columns, diq_columns, dw_columns, relus, scores, dik;
-    Floats top[N], total[N], score_lse[N], divergence[N];
+    Scratch<float> iq_columns, iq_rows, w_columns, q_columns, lse_columns, diq_columns, dw_columns, relus, scores,
+        targets, dik;
+    Floats top[N], total[N], score_lse[N], mass[N], share[N], divergence[N];
 };
 
 void run(const Inputs& in, int64_t B, float* kl, const Gradients& grads, int threads) {

@@ -80,7 +80,7 @@ private:
         return total;
     }
 
-    // p, the heads' mean of exp(z - lse).
+    // p, the heads' sum of exp(z - lse), divided by its own sum.
     void target(const Row& row) {
         lanes.pack(row.q, shape.D, scale, packed);
         dots(row.k, shape.stride, slots, keys, packed, shape.D, lanes, weights);
@@ -90,7 +90,9 @@ private:
             Floats shift = load(lse_lanes + lane);
             for (int64_t i = lane; i < size; i += period) store(weights + i, exp(load(weights + i) - shift));
         }
-        for (int i = 0; i < keys; ++i) targets[i] = sum_of(weights + i * lanes.count, shape.H) / shape.H;
+        for (int i = 0; i < keys; ++i) targets[i] = sum_of(weights + i * lanes.count, shape.H);
+        float share = share_of(broadcast(sum_of(targets, keys)))[0];
+        for (int i = 0; i < keys; ++i) targets[i] *= share;
     }
 
     // The divergence; afterwards `scores` holds dI = softmax(I) - p.

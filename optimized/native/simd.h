@@ -97,6 +97,9 @@ INLINE Floats minimum(Floats a, Floats may_be_nan) {
 INLINE Ints maximum(Ints a, Ints b) { return a > b ? a : b; }
 INLINE Ints minimum(Ints a, Ints b) { return a < b ? a : b; }
 
+// 1 / x where x > 0, else 1: what makes weights that sum to x sum to 1, and leaves those alone that sum to 0 or NaN.
+INLINE Floats share_of(Floats x) { return x > Floats{} ? 1.0f / x : broadcast(1.0f); }
+
 INLINE Floats relu(Floats x) { return maximum(Floats{}, x); }
 
 INLINE float sum_of_lanes(Floats x) {

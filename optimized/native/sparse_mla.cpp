@@ -1,8 +1,10 @@
 // Attention of a query row over its selected keys, forward and backward, one row after another.
 //
 // The forward pass takes the selected keys in blocks that stay in the cache and keeps a running maximum, as flash
-// attention does. The backward pass knows lse, so it recomputes P at once; gradients of keys are added where the
-// keys lie, in the order of the rows.
+// attention does. The backward pass knows lse, so it recomputes P at once, up to a factor: rounding lse moves all
+// weights of a head alike. Dividing by their sum takes that out; where one key has nearly all the weight, dP - Delta is
+// so small a difference that the factor would be most of it. Gradients of keys are added where the keys lie, in the
+// order of the rows.
 
 #include <atomic>
 #include <cmath>
@@ -177,20 +179,30 @@ private:
             dlogits[i] = 0.0f;
         }
         for (int64_t lane = 0; lane < period; lane += WIDTH) {
-            Floats shift = load(lse_lanes + lane), delta = {};
+            Floats shift = load(lse_lanes + lane), delta = {}, total = {};
             for (int64_t i = lane; i < size; i += period) {
                 Floats weight = exp(load(weights + i) - shift);
                 store(weights + i, weight);
+                total += weight;
                 delta += weight * load(dlogits + i);
             }
             if (lanes.folded) {
-                Floats swapped;
-                for (int i = 0; i < WIDTH; ++i) swapped[i] = delta[(i + WIDTH / 2) % WIDTH];
-                delta += swapped;
+                total += swapped_halves(total);
+                delta += swapped_halves(delta);
             }
-            for (int64_t i = lane; i < size; i += period)
+            Floats share = share_of(total);
+            delta *= share;
+            for (int64_t i = lane; i < size; i += period) {
+                store(weights + i, load(weights + i) * share);
                 store(dlogits + i, load(weights + i) * (load(dlogits + i) - delta));
+            }
         }
+    }
+
+    static Floats swapped_halves(Floats x) {
+        Floats swapped;
+        for (int i = 0; i < WIDTH; ++i) swapped[i] = x[(i + WIDTH / 2) % WIDTH];
+        return swapped;
     }
 
     Shape shape;

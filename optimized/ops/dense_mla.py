@@ -8,7 +8,7 @@ attention that the report uses for short sequences (its eq. 2 computed by hiding
 
     z[h, t, s] = scale * q[t, h] . k[s, h]        P = softmax of z over the visible s        out = P @ v
 
-The backward pass recomputes P = exp(z - lse) chunk by chunk; its formulas are those of `sparse_mla`.
+The backward pass recomputes P, the softmax of z, chunk by chunk; its formulas are those of `sparse_mla`.
 
 NaN in hidden keys. The heads of a chunk share one matrix product over the chunk's key range, which holds keys
 that some of its rows may not see. Their weight is exactly 0, but 0 * NaN is NaN. So the operands of those
@@ -142,7 +142,7 @@ class _DenseMla(torch.autograd.Function):
                 mark_reached_(out_HCV, visible_Cn, None if bad_HSV is None else bad_HSV[:, low:high])
                 out_BLHV[b, first:last] = out_HCV.transpose(0, 1).to(out_BLHV.dtype)
                 lse_BLH[b, first:last] = lse_HC1.squeeze(-1).T
-        ctx.save_for_backward(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, lse_BLH)
+        ctx.save_for_backward(q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse_BLH)
         ctx.set_materialize_grads(False)
@@ -167,13 +167,13 @@ def _by_batch_entry(bounds_BL2: Tensor, rows: int) -> list[tuple[int, list[Chunk
 
 
 def _dense_mla_backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK, lse_BLH = saved
+    q_BLHD, k_BSHD, v_BSHV, bounds_BL2, indices_BLK = saved
     _, L, H, _ = q_BLHD.shape
     S = k_BSHD.shape[1]
-    dtype = lse_BLH.dtype
+    dtype = compute_dtype(q_BLHD.dtype, k_BSHD.dtype, v_BSHV.dtype)
     rows = chunk_rows(L, H * S, dtype)
     dq_BLHD, dk_BSHD, dv_BSHV = (torch.zeros_like(x) for x in (q_BLHD, k_BSHD, v_BSHV))
-    weight_buffer, dlogit_buffer = (lse_BLH.new_empty(H * rows * S) for _ in range(2))
+    weight_buffer, dlogit_buffer = (torch.empty(H * rows * S, dtype=dtype, device=q_BLHD.device) for _ in range(2))
     for b, chunks in _by_batch_entry(bounds_BL2, rows):
         key_HSD, value_HSV = _heads_first(k_BSHD, b, dtype), _heads_first(v_BSHV, b, dtype)
         clean_key_HSD, bad_key_HSD = split_finite(key_HSD)
@@ -186,9 +186,10 @@ def _dense_mla_backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: flo
             shape_HCn = (H, last - first, high - low)
             query_HCD = _heads_first(q_BLHD[:, first:last], b, dtype) * scale
             dout_HCV = _heads_first(dout_BLHV[:, first:last], b, dtype)
-            weight_HCn = torch.bmm(query_HCD, key_HSD[:, keys].mT, out=carve(weight_buffer, *shape_HCn))
-            # Hidden after exp, not before: lse is -inf in a row without keys and NaN in a row that saw NaN.
-            weight_HCn.sub_(lse_BLH[b, first:last].T.unsqueeze(-1)).exp_()
+            logit_HCn = torch.bmm(query_HCD, key_HSD[:, keys].mT, out=carve(dlogit_buffer, *shape_HCn))
+            logit_HCn.masked_fill_(hidden_Cn, -torch.inf)
+            weight_HCn = torch.softmax(logit_HCn, -1, out=carve(weight_buffer, *shape_HCn))
+            # Hidden weights are 0, except in a row without keys and in a row that saw NaN: there all are NaN.
             weight_HCn.masked_fill_(hidden_Cn, 0)
             dlogit_HCn = torch.bmm(dout_HCV, value_HSV[:, keys].mT, out=carve(dlogit_buffer, *shape_HCn))
             dlogit_HCn.masked_fill_(hidden_Cn, 0)

@@ -4,13 +4,13 @@ Shape legend: B batch, L query rows, S key slots, H attention heads, D q/k width
 head dim, K selected keys, C queries in a chunk, n key slots that a chunk visits (the K gathered ones, where
 it gathers).
 
-    p[t, s] = 1/H sum_h exp(scale * q[t, h] . k[s] - lse[t, h])
+    p[t, s] = sum_h exp(scale * q[t, h] . k[s] - lse[t, h]), divided by its sum over s
     KL[t] = sum_s p[t, s] (log p[t, s] - log softmax(I[t])[s])
 
 over the keys that row t attends to: all in its bounds (eq. 3, dense warm-up) or the selected ones (eq. 4,
-sparse training, where the softmax of I runs over the selected set too). With lse over the same keys each
-head's exp sums to 1, so the report's L1 normalisation is the division by H. p is a constant: no gradient
-reaches q, k or lse.
+sparse training, where the softmax of I runs over the selected set too). With lse over the same keys each head's exp
+sums to 1 but for the rounding of lse, which the report's L1 normalisation takes out: dI = softmax(I) - p is small in
+a trained indexer, and would not sum to 0. p is a constant: no gradient reaches q, k or lse.
 
 The gradient has a closed form, which needs neither a clamp nor log p:
 
@@ -227,6 +227,9 @@ def _stream(
             # Before p is used for anything: a divergence of some heads' p is not a part of the divergence of all.
             p_Cn = sum_heads(p_Cn)
         p_Cn.masked_fill_(hidden_Cn, 0)
+        mass_C1 = p_Cn.sum(-1, keepdim=True)
+        # A row without keys has none.
+        p_Cn.div_(mass_C1.masked_fill_(mass_C1 == 0, 1))
         score_Cn.masked_fill_(hidden_Cn, -torch.inf)
         lse_C1 = score_Cn.logsumexp(-1, keepdim=True)
         log_ratio_Cn = p_Cn.log().sub_(score_Cn.sub_(lse_C1))

@@ -5,11 +5,14 @@ columns of the latent), K selected keys, C queries in a chunk.
 
     z[t, h, i] = scale * q[t, h] . kv[idx[t, i]]     P = softmax of z over the valid i     out = P @ v
 
-Nothing of size K is kept for the backward pass: it gathers and recomputes P = exp(z - lse) chunk by chunk,
-then
+Nothing of size K is kept for the backward pass: it gathers and recomputes P chunk by chunk, then
 
     dP = dout . v     Delta = sum_i P dP     dS = scale * P (dP - Delta)
     dq = dS @ kv      dkv[idx] += dS' q, and P' dout in the first V columns
+
+P is the softmax of z again, not exp(z - lse): rounding lse moves all weights of a row by the same factor, the more
+the larger lse is. Where one key takes nearly all of a row, dP - Delta is a small difference of large numbers, and that
+factor in one of them is larger than what is left.
 
 Delta is summed from P and dP, which are at hand in the compute dtype, rather than from dout . out, whose
 `out` has been rounded to the inputs' dtype.
@@ -150,7 +153,7 @@ class _SparseMla(torch.autograd.Function):
                 total_CH1, lse_CH1 = exp_and_lse_(weight_CHK, empty_C11)
                 out_BLHV[here] = torch.bmm(weight_CHK, key_CKD[..., :d_v]).div_(total_CH1).to(out_BLHV.dtype)
                 lse_BLH[here] = lse_CH1.squeeze(-1)
-        ctx.save_for_backward(q_BLHD, kv_BSD, indices_BLK, lse_BLH)
+        ctx.save_for_backward(q_BLHD, kv_BSD, indices_BLK)
         ctx.scale = scale
         ctx.mark_non_differentiable(lse_BLH)
         ctx.set_materialize_grads(False)
@@ -179,17 +182,17 @@ def _mask_logits_(logits_CHK: Tensor, invalid_CK: Tensor | None) -> Tensor:
 def _sparse_mla_backward(
     dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: float, needs_dq: bool, needs_dkv: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    q_BLHD, kv_BSD, indices_BLK, lse_BLH = saved
+    q_BLHD, kv_BSD, indices_BLK = saved
     d_v = dout_BLHV.shape[-1]
     B, L, H, D = q_BLHD.shape
     K = indices_BLK.shape[-1]
-    dtype = lse_BLH.dtype
+    dtype = compute_dtype(q_BLHD.dtype, kv_BSD.dtype)
     rows = chunk_rows(L, K * max(D, H), dtype)
     dq_BLHD = torch.zeros_like(q_BLHD) if needs_dq else None
     dkv_BSD = torch.zeros(kv_BSD.shape, dtype=dtype, device=kv_BSD.device) if needs_dkv else None
     keys = GatheredKeys(kv_BSD.to(dtype), rows, K)
-    weight_buffer, dlogit_buffer = (lse_BLH.new_empty(rows * H * K) for _ in range(2))
-    dkey_buffer = lse_BLH.new_empty(rows * K * D if needs_dkv else 0)
+    weight_buffer, dlogit_buffer = (keys.buffer.new_empty(rows * H * K) for _ in range(2))
+    dkey_buffer = keys.buffer.new_empty(rows * K * D if needs_dkv else 0)
     for b in range(B):
         for first in range(0, L, rows):
             here = (b, slice(first, first + rows))
@@ -199,11 +202,12 @@ def _sparse_mla_backward(
             query_CHD, dout_CHV = q_BLHD[here].to(dtype) * scale, dout_BLHV[here].to(dtype)
             key_CKD = keys.take(b, index_CK, invalid_CK)
             shape_CHK = (*query_CHD.shape[:2], index_CK.shape[1])
-            weight_CHK = torch.bmm(query_CHD, key_CKD.mT, out=carve(weight_buffer, *shape_CHK))
-            weight_CHK.sub_(lse_BLH[here].unsqueeze(-1)).exp_()
+            logit_CHK = torch.bmm(query_CHD, key_CKD.mT, out=carve(dlogit_buffer, *shape_CHK))
+            _mask_logits_(logit_CHK, invalid_CK)
+            weight_CHK = torch.softmax(logit_CHK, -1, out=carve(weight_buffer, *shape_CHK))
             dlogit_CHK = torch.bmm(dout_CHV, key_CKD[..., :d_v].mT, out=carve(dlogit_buffer, *shape_CHK))
             if invalid_CK is not None:
-                # Masked after exp: lse is -inf in a row without keys and NaN in a row that saw NaN.
+                # Weights too: all are NaN in a row without keys and in a row that saw NaN.
                 weight_CHK.masked_fill_(invalid_CK.unsqueeze(1), 0)
                 dlogit_CHK.masked_fill_(invalid_CK.unsqueeze(1), 0)
             dlogit_CHK.sub_(torch.linalg.vecdot(weight_CHK, dlogit_CHK).unsqueeze(-1)).mul_(weight_CHK)
