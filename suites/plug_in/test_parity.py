@@ -70,12 +70,11 @@ def test_hidden_states_and_router_logits_are_handed_out(family, asked):
     with torch.no_grad():
         eager, sdpa = (model(family, kind)(**case.inputs(), **wanted) for kind in ("eager", "sdpa"))
         ours = model(family, "plugged")(**case.inputs(), **wanted, **asked)
-    assert len(ours.hidden_states) == 4
-    assert len(ours.router_logits) == 2
-    for field in ("hidden_states", "router_logits"):
-        for actual, other, expected in zip(
-            getattr(ours, field), getattr(eager, field), getattr(sdpa, field), strict=True
-        ):
+    # In 5.17 a causal LM has no field for its routers.
+    handed_out = [field for field in ("hidden_states", "router_logits") if field in sdpa]
+    assert "hidden_states" in handed_out
+    for field in handed_out:
+        for actual, other, expected in zip(ours[field], eager[field], sdpa[field], strict=True):
             assert_near(actual, expected, (other, expected), name=field)
 
 
