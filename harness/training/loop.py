@@ -128,7 +128,8 @@ def train(
     # Before the optimizers, whose counters of expert loads would count this forward.
     gradients = judge_gradients(model, stage, batch_of(stage, mixture, 0))
     run = _Run(model, stage, mixture, build_optimizers(model, stage), audit, listener, measure_every)
-    first, notes = 0, []
+    first = 0
+    notes: list[str] = []
     if state is not None:
         extra, notes = restore(state, model, run.optimizers)
         first, audit.steps, audit.gradients = state.step, state.step, extra["gradients"]
