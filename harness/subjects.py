@@ -38,6 +38,7 @@ MODEL_CAPABILITIES: dict[str, str] = {
     "checkpointing": "recomputes activations after gradient_checkpointing_enable()",
     "fp8": "simulates the official FP8 path (indexer_precision and kv_latent_precision set to 'fp8')",
     "fp64": "computes in fp64 throughout when built with that dtype",
+    "official-files": "has a save_official in the package of its class, and a from_pretrained that reads its files",
     "bitwise": "gives the same bits when run again on the same input",
 }
 ALL = frozenset(MODEL_CAPABILITIES)

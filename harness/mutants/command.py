@@ -3,28 +3,32 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from reports.files import begin_in, finish
 from reports.records import RUN_FILE, RunWriter, Verdict
-from reports.schema import Measure, NullCandidate, Status
+from reports.schema import FAILING, Measure, NullCandidate, Status
 from reports.terminal import Progress, print_line
 
 from ..checks import CHECKS
 from ..environment import capture
 from ..verify import USAGE_ERROR, command_line
-from . import matrix
+from . import matrix, ranked
 from .coverage import coverage
 from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, pass_of_right, select_mutants
 from .mutant import Mutant
 
+T = TypeVar("T")
 FAMILY = "mutants"
+# What a check says of a subject that it looked at.
+JUDGED = frozenset({Status.VERIFIED, *FAILING})
+CHECK_NAMES = (*(check.name for check in CHECKS), *ranked.CHECKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,8 @@ def check_request(request: Request) -> tuple[list[Mutant], frozenset[str]]:
     """
     mutants = select_mutants([word for word in request.only.split(",") if word])
     without = frozenset(word for word in request.without.split(",") if word)
-    known = {check.name for check in CHECKS}
-    if unknown := sorted(without - known):
-        raise ValueError(f"--without names {unknown[0]!r}; checks are {', '.join(check.name for check in CHECKS)}.")
+    if unknown := sorted(without - set(CHECK_NAMES)):
+        raise ValueError(f"--without names {unknown[0]!r}; checks are {', '.join(CHECK_NAMES)}.")
     if not mutants:
         raise ValueError("--only is empty; it must name a mutant, an entry such as A01, a group (A to E), or all.")
     if not 0 <= request.seeds <= len(HELD_OUT):
@@ -75,7 +78,7 @@ def mutants(request: Request, console: Console) -> int:
         "device": "cpu",
         "seed": SEED,
         "without": sorted(without),
-        "checks": [check.name for check in CHECKS if check.name not in without],
+        "checks": [name for name in CHECK_NAMES if name not in without],
         "catalogue": [
             {"entry": entry, "mutants": list(names), "reason": reason} for entry, (names, reason) in coverage().items()
         ],
@@ -105,23 +108,37 @@ def run_mutants(
     os.environ |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
         try:
-            kinds = dict.fromkeys(_kind(mutant) for mutant in chosen)
-            clean = {kind: pool.submit(matrix.pass_of_unpatched, kind[0], without, kind[1]) for kind in kinds}
-            killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in chosen}
+            alone, together = ([m for m in chosen if ranked.needs_ranks(m) is needed] for needed in (False, True))
+            clean = {
+                kind: pool.submit(matrix.pass_of_unpatched, kind[0], without, kind[1])
+                for kind in dict.fromkeys(map(_kind, alone))
+            }
+            # One world of ranks for all its mutants, and first, because it is the longest.
+            world = pool.submit(_timed, ranked.compared, [m.name for m in together]) if together else None
+            killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in alone}
             alarms = [pool.submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
             started("the model without a patch", "")
             unpatched = {kind: future.result() for kind, future in clean.items()}
+            wrong: list[Pass] = []
             for done in as_completed(killed):
                 found, seconds = done.result()
+                wrong.append(found)
                 yield verdict_of(killed[done], found, unpatched[_kind(killed[done])], seconds)
+            if world is not None:
+                distances, seconds = world.result()
+                right = _ranked_pass("no patch", distances[""], without)
+                for mutant in together:
+                    wrong.append(_ranked_pass(mutant.name, distances[mutant.name], without))
+                    yield verdict_of(mutant, wrong[-1], right, seconds / len(together))
             if alarms:
-                example = _timed_result(killed)
+                example = max(wrong, key=lambda found: len(found.kills))
                 passes = []
                 for i, future in enumerate(as_completed(alarms)):
                     passes.append(future.result())
                     started("false alarms", f"{i + 1} of {seeds} seeds")
-                for name in dict.fromkeys(found.subject for found in passes):
-                    yield alarms_verdict(name, [p for p in passes if p.subject == name], example)
+                for name in dict.fromkeys(RIGHT):
+                    if of_name := [p for p in passes if p.subject == name]:
+                        yield alarms_verdict(name, of_name, example)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -132,13 +149,14 @@ def _kind(mutant: Mutant) -> tuple[str | None, str | None]:
     return mutant.backend, matrix.plugged_class(mutant)
 
 
-def _timed(run: Callable[..., Pass], *args: Any) -> tuple[Pass, float]:
+def _ranked_pass(name: str, distances: dict[str, float], without: frozenset[str]) -> Pass:
+    statuses, reasons = ranked.judged(distances)
+    return Pass(name, SEED, {check: found for check, found in statuses.items() if check not in without}, reasons)
+
+
+def _timed(run: Callable[..., T], *args: Any) -> tuple[T, float]:
     began = time.perf_counter()
     return run(*args), time.perf_counter() - began
-
-
-def _timed_result(killed: dict[Future[tuple[Pass, float]], Mutant]) -> Pass:
-    return max((future.result()[0] for future in killed), key=lambda found: len(found.kills))
 
 
 def verdict_of(mutant: Mutant, found: Pass, unpatched: Pass, seconds: float) -> Verdict:
@@ -157,7 +175,7 @@ def verdict_of(mutant: Mutant, found: Pass, unpatched: Pass, seconds: float) -> 
         measures=(Measure("survived", 0.0 if killers else 1.0, 0.0), Measure("checks that failed it", len(killers))),
         nulls=(NullCandidate("the same copy without the patch", not unpatched.alarms, ", ".join(unpatched.alarms)),),
         seconds=seconds,
-        reproduce=f"{'TRITON_INTERPRET=1 ' if mutant.backend == 'triton' else ''}v32 verify --subject mutant:{mutant.name}",
+        reproduce=_reproduce(mutant),
         data={
             "mutant": {
                 "entry": mutant.entry,
@@ -171,10 +189,18 @@ def verdict_of(mutant: Mutant, found: Pass, unpatched: Pass, seconds: float) -> 
     )
 
 
+def _reproduce(mutant: Mutant) -> str:
+    if ranked.needs_ranks(mutant):
+        return f"v32 mutants --only {mutant.name} --seeds 0"
+    return f"{'TRITON_INTERPRET=1 ' if mutant.backend == 'triton' else ''}v32 verify --subject mutant:{mutant.name}"
+
+
 def alarms_verdict(name: str, passes: list[Pass], wrong: Pass) -> Verdict:
     """Verified when no check failed, was vacuous or raised on a right subject; a mutant's pass must count as alarms."""
     alarms = [f"seed {found.seed}, {found.reasons[check]}" for found in passes for check in found.alarms]
     count = sum(found.verdicts for found in passes)
+    judging = {check for found in passes for check, status in found.statuses.items() if status in JUDGED}
+    silent = sorted({check for found in passes for check in found.statuses} - judging)
     return Verdict(
         check=f"{FAMILY}.false_alarms",
         family=FAMILY,
@@ -187,10 +213,11 @@ def alarms_verdict(name: str, passes: list[Pass], wrong: Pass) -> Verdict:
             Measure("false alarms", float(len(alarms)), 0.0),
             Measure("seeds", float(len(passes))),
             Measure("verdicts", float(count)),
+            Measure("checks that judged it", float(len(judging))),
         ),
         nulls=(NullCandidate(f"the pass of {wrong.subject}", bool(wrong.alarms)),),
         seconds=sum(found.seconds for found in passes),
-        data={"alarms": list(alarms)},
+        data={"alarms": list(alarms), "checks_that_did_not_apply": list(silent)},
     )
 
 

@@ -1,7 +1,6 @@
-"""Every entry of the catalogue of public bugs (spec 5.2): its mutants, the later step that brings its code, or why not.
+"""Every entry of the catalogue of public bugs (spec 5.2): its mutants, or why there is none.
 
-A bug is here when the code that it lives in is here. Where an engine has another path (a paged cache, tensor
-parallelism), the entry waits for the step that brings ours, or cannot exist.
+A bug is here when the code that it lives in is here; where an engine has another path (a paged cache) it cannot exist.
 """
 
 from .catalogue import MUTANTS
@@ -19,13 +18,10 @@ OTHERWISE: dict[str, str] = {
     "A05": "the fault of A01 in another engine: its mutants stand there",
     "A20": "cannot exist: the cache holds keys before they are quantised, and so no scales",
     "A21": "cannot exist: the cache has no pages, and RoPE is never in place",
-    "B14": "the distribution step: ranks do not choose apart yet",
     "C06": "no case of a check has 2^31 elements: suites/kernels runs each kernel beyond them, and sees 32 bits planted",
     "C10": "cannot exist: indices enter an autograd Function that answers None for them, or a comparison",
-    "D02": "the distribution step: there is no context parallelism yet",
-    "D08": "cannot exist: a coefficient of 0 switches the KL off by contract; DDP comes with the distribution step",
+    "D08": "cannot exist: a coefficient of 0 switches the KL off by contract, and FSDP2, which runs the ranks, reduces what gradients there are",
     "D09": "a fault of tests: `choices.keys` names a run whose rows see no more than index_topk keys",
-    "D15": "the step of checkpoints: no FP8 file is written yet",
     "D17": "not numerical: a matter of the benchmark's FLOP count",
 }
 

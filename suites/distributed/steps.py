@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.ranks.parity import ROWS, Question, apart, batch_for, largest, model_for
 from optimized.distributed import (
     ParallelLayout,
     ShardedMuon,
@@ -20,8 +21,6 @@ from optimized.distributed import (
     plain_model,
     save_checkpoint,
 )
-
-from .parity import ROWS, Question, apart, batch_for, largest, model_for
 
 LIMIT = 0.3
 SAVED_AT, STEPS = 2, 4

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.ranks.parity import apart, model_for
+from harness.ranks.world import run_world
 from optimized import DeepseekV32ForCausalLM
 from optimized.distributed import load_checkpoint, save_checkpoint
 from suites.distributed import steps
-from suites.distributed.parity import apart, model_for
-
-from .world import run_world
 
 MODULE = "suites.distributed.steps"
 # fp64: four steps of AdamW and Muon, whose bf16 iteration is of equal bits only where its input is equal to rounding.

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.ranks.world import ROOT
 from harness.text import text_batch
 from optimized import DeepseekV32Config, DeepseekV32ForCausalLM
-
-from .world import ROOT
 
 PAGE = ROOT / "docs" / "distributed.md"
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from .parity import EXACT, questions
+from harness.ranks.parity import EXACT, questions
+from harness.ranks.world import run_world
+
 from .variants import LAYOUTS, VARIANTS
-from .world import run_world
 
 Answers = dict[str, dict[str, float]]
-MODULE = "suites.distributed.parity"
+MODULE = "harness.ranks.parity"
 
 
 @pytest.fixture(scope="module")

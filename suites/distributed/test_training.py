@@ -12,12 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from harness.ranks.world import ROOT, run_world
 from harness.training.command import Request, run_training
 from harness.training.ranks import layout_of
 from reports.records import read_run
 from suites.distributed import training
-
-from .world import ROOT, run_world
 
 MODULE = "suites.distributed.training"
 # fp64. Measured: 2.3e-14 in the weights after four steps.
@@ -122,7 +121,7 @@ def test_a_killed_rank_stops_the_others_and_the_run_goes_on(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_without_torchrun_a_killed_rank_is_reported_by_the_others(tmp_path: Path) -> None:
-    from .world import free_port
+    from harness.ranks.world import free_port
 
     request = {"stage": "sparse", "steps": 6, "seq_len": 64, "batch": 4, "save_every": 2, "parallel": "fsdp=2",
                "out": str(tmp_path / "out"), "killed": {"rank": 1, "step": 3}}  # fmt: skip

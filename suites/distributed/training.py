@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from harness.ranks.parity import Question, apart, largest, model_for
 from harness.training import metrics
 from harness.training.data import Mixture
 from harness.training.loop import Trained, batch_of, train
@@ -17,8 +18,6 @@ from harness.training.stages import Phase, Stage, stage_for
 from harness.training.state import FOLDER
 from optimized import DeepseekV32Config
 from optimized.distributed import ParallelLayout, full_state_dict, parallelize
-
-from .parity import Question, apart, largest, model_for
 
 STEPS, SAVED_AT = 4, 2
 # Of sequences of 64 tokens, when no more is measured.

@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from harness.cases import calibrated_state
+from harness.ranks.parity import KL_COEF, ROWS, apart, batch_for, largest
 from optimized import DeepseekV32Config, DeepseekV32ForCausalLM
 from optimized.distributed import ParallelLayout, parallelize
-
-from .parity import KL_COEF, ROWS, apart, batch_for, largest
 
 # Fields of the config, by what is out of the ordinary.
 VARIANTS: dict[str, dict[str, Any]] = {

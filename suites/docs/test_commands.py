@@ -40,7 +40,7 @@ SHORTER = {
     "v32 verify --on modal": "v32 verify --on modal --gpu none --checks finite",
     "v32 bench --on modal": "v32 bench --on modal --gpu none --lengths 64,128 --repeats 3 --config tiny",
     "--checkpoint harness/training/mini": "--checkpoint harness/training/mini --checks parity,kl --cases text",
-    "--subject this_file.py:factory": "--subject this_file.py:factory --checks choices,stages --cases text",
+    "--subject this_file.py:factory": "--subject this_file.py:factory --checks choices,kl --cases text",
     "torchrun --nproc-per-node 4": "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0",
     "--parallel fsdp=2,cp=2": "--parallel cp=2 --steps 2 --seq-len 64 --batch 2",
 }

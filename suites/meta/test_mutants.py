@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import optimized
-from harness.cases import build_case, calibrated_state
+from harness.cases import CASE_NAMES, build_case, calibrated_state
 from harness.checks import CHECKS
 from harness.cli import main
 from harness.mutants import command, matrix
@@ -311,3 +311,23 @@ def test_records_of_mutants_hold_the_patches(tmp_path):
 
 def test_checks_known_to_the_matrix_are_those_of_the_harness():
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_reasons_of_entries_without_a_mutant_promise_nothing():
+    for entry, reason in OTHERWISE.items():
+        assert not re.search(r"\byet\b|\bstep\b|\blater\b", reason), entry
+
+
+def test_every_kind_of_right_subject_meets_every_case():
+
+    held_out = len(matrix.HELD_OUT)
+    for place in range(len(matrix.RIGHT)):
+        numbers = range(place, held_out, len(matrix.RIGHT))
+        assert {number % len(CASE_NAMES) for number in numbers} == set(range(len(CASE_NAMES)))
+
+
+def test_an_alarm_verdict_names_checks_that_never_looked():
+    right = [passed(1000, a__b=Status.NOT_APPLICABLE, c__d=Status.VERIFIED)]
+    verdict = command.alarms_verdict("optimized", right, passed(a__b=Status.FAILED))
+    assert verdict.data["checks_that_did_not_apply"] == ["a.b"]
+    assert {m.name: m.value for m in verdict.measures}["checks that judged it"] == 1

@@ -1,4 +1,4 @@
-"""What a step takes on each of several ranks, for `test_ranks`: module of `suites.distributed.world`."""
+"""What a step takes on each of several ranks, for `test_ranks`: module of `harness.ranks.world`."""
 
 import json
 from dataclasses import replace

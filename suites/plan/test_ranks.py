@@ -6,7 +6,7 @@ import pytest
 
 from harness.plan.command import TOLERANCE
 from harness.plan.memory import memory
-from suites.distributed.world import run_world
+from harness.ranks.world import run_world
 
 from .ranks import steps
 

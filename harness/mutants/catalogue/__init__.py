@@ -1,7 +1,7 @@
 """The mutants, by what they break."""
 
 from ..mutant import Mutant
-from . import fused, generic, indexer, kernels, losses, model, plug_in, selection
+from . import distributed, files, fused, generic, indexer, kernels, losses, model, plug_in, selection
 
 MUTANTS: tuple[Mutant, ...] = (
     *indexer.MUTANTS,
@@ -10,7 +10,9 @@ MUTANTS: tuple[Mutant, ...] = (
     *fused.MUTANTS,
     *losses.MUTANTS,
     *model.MUTANTS,
+    *files.MUTANTS,
     *plug_in.MUTANTS,
+    *distributed.MUTANTS,
     *generic.MUTANTS,
 )
 

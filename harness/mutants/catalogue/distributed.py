@@ -1,7 +1,6 @@
 """Bugs that need several ranks to show: losses and targets over ranks, context parallelism, exchanged tokens (spec 5.2).
 
-No check of one process can see them, so they are no part of `MUTANTS`, which the kill matrix runs; the tests of
-`suites/distributed` run every one on two ranks against one process.
+No check of one process can see them: `harness.mutants.ranked` compares each on two ranks with one process.
 """
 
 from ..mutant import bug

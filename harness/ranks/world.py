@@ -1,6 +1,6 @@
 """A world of gloo ranks on this machine: forked from one process that has imported torch, so that the import is paid once.
 
-    python -m suites.distributed.world RANKS OUT MODULE [ARGUMENT …]
+    python -m harness.ranks.world RANKS OUT MODULE [ARGUMENT …]
 
 calls `MODULE.on_rank(rank, prepared, arguments)` on every rank, where `prepared` is what `MODULE.prepare(arguments)`
 returned before the fork. What rank 0 returns is written to OUT as JSON. The exit code is that of the first rank that
@@ -26,7 +26,7 @@ PATIENCE = 300
 
 def run_world(ranks: int, out: Path, module: str, *arguments: str, timeout: float = 600) -> dict[str, Any]:
     """What rank 0 answers; raises where a rank failed."""
-    command = [sys.executable, "-m", "suites.distributed.world", str(ranks), str(out), module, *arguments]
+    command = [sys.executable, "-m", "harness.ranks.world", str(ranks), str(out), module, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:

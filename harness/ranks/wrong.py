@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 
-from harness.mutants.catalogue.distributed import MUTANTS
-from harness.mutants.patching import patched_copy
-
+from ..mutants.catalogue.distributed import MUTANTS
+from ..mutants.patching import patched_copy
 from .parity import Question, expected_of, together
 
 CP, CP_DENSE = Question("cp=2", "left-padded"), Question("cp=2", "packed", sparse=False)
 TP = Question("tp=2", disturbed=True)
 EP, DATA = Question("ep=2"), Question("fsdp=2", "left-padded")
 RIGHT = "no patch"
-# Where each shows, by its name without the entry of the catalogue.
+# Where each shows, by its name without the entry of the catalogue; the copy without a patch is asked all that the chosen are.
 SHOWN_BY: dict[str, Question] = {
-    RIGHT: TP,
     "lm-loss-as-a-mean-of-means": DATA,
     "kl-rows-counted-locally": DATA,
     "gradients-averaged-over-ranks": DATA,
@@ -51,7 +49,7 @@ def short(name: str) -> str:
 
 
 def prepare(arguments: list[str]) -> Any:
-    """The changed copies, imported, and one process's answers."""
+    """The changed copies, imported, and one process's answers to what shows them."""
     torch.set_num_threads(1)
     held = ExitStack()
     copies = {}
@@ -60,10 +58,16 @@ def prepare(arguments: list[str]) -> Any:
         if not arguments or name in arguments or name == RIGHT:
             copies[name] = held.enter_context(patched_copy(patches)).optimized
             __import__(f"{copies[name].__name__}.distributed")
-    return copies, expected_of(list(dict.fromkeys(SHOWN_BY[name] for name in copies))), held
+    asked = {name: [SHOWN_BY[name]] for name in copies if name != RIGHT}
+    asked[RIGHT] = list(dict.fromkeys(question for questions in asked.values() for question in questions))
+    return copies, asked, expected_of(asked[RIGHT]), held
 
 
-def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, float]]:
-    """How far each is from one process."""
-    copies, expected, _ = prepared
-    return {name: together(SHOWN_BY[name], expected[SHOWN_BY[name]], package) for name, package in copies.items()}
+def on_rank(_rank: int, prepared: Any, _arguments: list[str]) -> dict[str, dict[str, float]]:
+    """How far each is from one process, by what was compared: the largest over what it was asked."""
+    copies, asked, expected, _ = prepared
+    answers = {}
+    for name, package in copies.items():
+        found = [together(question, expected[question], package) for question in asked[name]]
+        answers[name] = {what: max(measures[what] for measures in found) for what in found[0]}
+    return answers

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from harness.budgets import RULES
-from harness.cases import build_case, calibrated_state
 from optimized import DeepseekV32Config, DeepseekV32ForCausalLM
+
+from ..budgets import RULES
+from ..cases import build_case, calibrated_state
 
 LENGTH, ROWS, KL_COEF = 41, 4, 0.5
 # Largest relative difference: the right divisions stay below 4e-15 (gradients), the bugs of `wrong.py` above 1.2e-2.
@@ -90,7 +91,7 @@ def model_for(question: Question, package: Any = None) -> Any:
     config_class = DeepseekV32Config if package is None else package.DeepseekV32Config
     config = config_class.preset("tiny")
     config.use_sparse_attention, config.indexer_kl_coef = question.sparse, KL_COEF
-    model = model_class(config)
+    model: Any = model_class(config)
     model.load_state_dict(calibrated_state(DeepseekV32Config.preset("tiny"), 0))
     model = model.to(question.dtype).train()
     model.backend, model.attention_path = "torch" if question.dtype == torch.float64 else None, question.path
@@ -99,17 +100,14 @@ def model_for(question: Question, package: Any = None) -> Any:
     return model
 
 
-def asked(question: Question) -> dict[str, Any]:
-    """What a forward is asked for, besides losses; a recomputed one keeps nothing of that size."""
-    return {
-        "use_cache": False, "output_decisions": True, "output_indexer_kl_target": True, "output_indexer_scores": True,
-    }  # fmt: skip
+# What a forward is asked for, besides losses.
+ASKED = {"use_cache": False, "output_decisions": True, "output_indexer_kl_target": True, "output_indexer_scores": True}
 
 
 def alone(question: Question, decisions: Any = None) -> Answer:
     """One process's answer."""
     model = model_for(question)
-    out = model(**batch_for(question.inputs), **asked(question), decisions=decisions)
+    out = model(**batch_for(question.inputs), **ASKED, decisions=decisions)
     out.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Answer(
@@ -166,7 +164,7 @@ def together(question: Question, expected: Answer, package: Any) -> dict[str, fl
     tape = tape_of(question, expected)
     tape = None if tape is None else tape.batch(mine.start, mine.stop)
     with disturbed(package) if question.disturbed and dist.get_rank() else nullcontext():
-        out = model(**batch, **asked(question), decisions=tape)
+        out = model(**batch, **ASKED, decisions=tape)
         out.loss.backward()
     found = {
         "loss": abs(float(out.loss.detach()) - expected.loss) / abs(expected.loss),
@@ -293,7 +291,7 @@ def fp32_budgets(question: Question, expected: Answer) -> dict[str, float]:
     return {name: rule.factor * error + rule.floor.max for name, error in errors.items()}
 
 
-def shares(question: Question, found: dict[str, float], allowed: dict[str, float] | None) -> dict[str, float]:
+def shares(found: dict[str, float], allowed: dict[str, float] | None) -> dict[str, float]:
     """Distances in fp64 as they are; in fp32 the share of the budget that each uses, where it has one."""
     return found if allowed is None else {name: found[name] / budget for name, budget in allowed.items()}
 
@@ -314,10 +312,10 @@ def prepare(arguments: list[str]) -> Any:
     )
 
 
-def on_rank(rank: int, prepared: Any, arguments: list[str]) -> dict[str, dict[str, float]]:
+def on_rank(_rank: int, prepared: Any, _arguments: list[str]) -> dict[str, dict[str, float]]:
     """Every question's answer."""
     package, expected, allowed = prepared
     return {
-        question.name: shares(question, together(question, answer, package), allowed.get(question))
+        question.name: shares(together(question, answer, package), allowed.get(question))
         for question, answer in expected.items()
     }
