@@ -42,7 +42,7 @@ SHORTER = {
     "--checkpoint harness/training/mini": "--checkpoint harness/training/mini --checks parity,kl --cases text",
     "--subject this_file.py:factory": "--subject this_file.py:factory --checks choices,kl --cases text",
     "torchrun --nproc-per-node 4": "torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0",
-    "--parallel fsdp=2,cp=2": "--parallel cp=2 --steps 2 --seq-len 64 --batch 2",
+    "--parallel fsdp=2,cp=2": "--parallel cp=2 --steps 40 --seq-len 64 --batch 2",
 }
 # Each command that is not run here, and why. Where another test runs it, or the same, the reason ends with that test.
 NOT_RUN = {
