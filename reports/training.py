@@ -3,7 +3,7 @@
 A step takes part by an event "step": {"step": counted from 0, and any of the keys of `CURVES`, "gradient_norms":
 {group: norm}}. The header holds "training": {"stage", "steps": of the whole stage, "parameters": {group: [all, that
 train]}}. The verdict "train.audit" holds "audit": {"columns", "rows": [{"group", column: text}]}. Events called
-"started" hold {"step": steps done before}, one for each process that worked on the run.
+"started" hold {"step": steps done before}, one for each process that worked on the run, those called "note" {"text"}.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from reports.schema import Run
 from reports.strict_json import JSON
 from reports.text import number, sparkline, spread
 
-STEP, STARTED = "step", "started"
+STEP, STARTED, NOTE = "step", "started", "note"
 # In the order in which a reader asks: is it learning, what does the indexer select, what does it cost.
 CURVES = {
     "lm_loss": "LM loss", "kl_loss": "KL", "uniform_kl": "KL of uniform", "captured": "captured", "recall": "recall",
     "left_out": "mass left out", "same": "same keys", "collapse": "collapse", "tokens_per_second": "tokens/s",
-    "rss_mib": "memory, MiB",
+    "rows measured": "rows measured", "rss_mib": "memory, MiB",
 }  # fmt: skip
 PARAMETER_COLUMNS = ("group", "parameters", "train")
 
@@ -44,11 +44,13 @@ class Training:
     curves: tuple[Curve, ...]
     started: tuple[int, ...]
     audit: dict[str, JSON]
+    said: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
-        """What the curves are, in sentences."""
+        """What the curves are, and what the run said of itself, in sentences."""
         found = [
-            "LM loss in nats a token, KL in nats a row, summed over layers; gradients are 2-norms before clipping."
+            *self.said,
+            "LM loss in nats a token, KL in nats a row, summed over layers; gradients are 2-norms before clipping.",
         ]
         if any(curve.name == CURVES["captured"] for curve in self.curves):
             found.append(
@@ -126,5 +128,6 @@ def training(run: Run) -> Training | None:
         parameters=parameters if isinstance(parameters, dict) else {},
         curves=tuple(Curve(name, values[name]) for name in order),
         started=tuple(int(event.data.get("step", 0)) for event in run.events if event.kind == STARTED),
+        said=tuple(str(event.data["text"]) for event in run.events if event.kind == NOTE and "text" in event.data),
         audit=next((audit for audit in audits if isinstance(audit, dict)), {}),
     )

@@ -231,11 +231,13 @@ def test_a_training_run_shows_its_curves():
         )
         for step in range(4)
     )
+    events = (*events, Event("note", 4.0, {"text": "its random numbers start anew"}))
     run = Run({**HEADER, "training": {"stage": "sparse", "steps": 4, "parameters": {"experts": [10, 5]}}}, events=events,
               verdicts=stored_run().verdicts[:1], footer={"ended": "complete", "exit_code": 0})  # fmt: skip
     page = Parsed(html(run))
     assert "Training, stage sparse" in page.text("h2")
     assert {"Loss", "KL of the indexer", "Norms of gradients"} <= set(page.text("figcaption"))
+    assert "its random numbers start anew" in page.text("p")
     assert any("LM loss goes from 5 to 2 in 4 steps" in item["aria-label"] for item in page.all("svg"))
 
 
