@@ -189,13 +189,13 @@ def _dense_mla_backward(dout_BLHV: Tensor, saved: tuple[Tensor, ...], scale: flo
             logit_HCn = torch.bmm(query_HCD, key_HSD[:, keys].mT, out=carve(dlogit_buffer, *shape_HCn))
             logit_HCn.masked_fill_(hidden_Cn, -torch.inf)
             weight_HCn = torch.softmax(logit_HCn, -1, out=carve(weight_buffer, *shape_HCn))
-            # Hidden weights are 0, except in a row without keys and in a row that saw NaN: there all are NaN.
-            weight_HCn.masked_fill_(hidden_Cn, 0)
             dlogit_HCn = torch.bmm(dout_HCV, value_HSV[:, keys].mT, out=carve(dlogit_buffer, *shape_HCn))
             dlogit_HCn.masked_fill_(hidden_Cn, 0)
             delta_HC1 = torch.linalg.vecdot(weight_HCn, dlogit_HCn).unsqueeze(-1)
             dlogit_HCn.sub_(delta_HC1).mul_(weight_HCn)
             if not bool(delta_HC1.isfinite().all()):
+                # All weights are NaN in a row without keys and in a row that saw NaN.
+                weight_HCn.masked_fill_(hidden_Cn, 0)
                 dlogit_HCn.masked_fill_(hidden_Cn, 0)
 
             dq_HCD = torch.bmm(dlogit_HCn, clean_key_HSD[:, keys])
