@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -240,10 +241,44 @@ def _timings(run: Run, console: Console) -> None:
 def _training(run: Run, console: Console) -> None:
     for tables, notes in sections(run, _columns(console)):
         for title, columns, cells in tables:
-            _table(title, columns, [[shown(console, one_line(cell)) for cell in row] for row in cells], console)
+            plain = [[one_line(cell) for cell in row] for row in cells]
+            for part, (names, rows) in enumerate(_fitting(columns, plain, console.width)):
+                named = f"{title}, continued" if part else title
+                _table(named, names, [[shown(console, cell) for cell in row] for row in rows], console)
         for note in notes:
             console.print(shown(console, note), overflow="fold")
         console.print()
+
+
+# Spaces between two columns of a table.
+_BETWEEN = 2
+# A table of fewer columns is prose in cells, which folds well.
+_MANY_COLUMNS = 6
+
+
+def _width(column: Sequence[str]) -> int:
+    """What a column takes, its head folded between words."""
+    head, *cells = column
+    return max(map(len, [*head.split(), *cells, ""])) + _BETWEEN
+
+
+def _fitting(columns: list[str], cells: list[list[str]], width: int) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """The table as it is where it fits; else turned on its side, in as many parts as it takes."""
+    whole = list(zip(columns, *cells, strict=True))
+    if len(columns) < _MANY_COLUMNS or not cells or sum(map(_width, whole)) <= width:
+        yield columns, cells
+        return
+    first, *others = [columns, *cells]
+    room = width - max(map(len, first)) - _BETWEEN
+    part: list[list[str]] = []
+    for other in [*others, None]:
+        taken = sum(map(_width, [*part, *([other] if other else [])]))
+        if part and (other is None or taken > room):
+            names, *rows = [list(row) for row in zip(first, *part, strict=True)]
+            yield names, rows
+            part = []
+        if other is not None:
+            part.append(other)
 
 
 def _columns(console: Console) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from reports.markdown import markdown
 from reports.records import Measure, Measurement, NullCandidate, Run, Status, Verdict, verdict_line
-from reports.terminal import Progress, render
+from reports.terminal import Progress, _fitting, render
 from reports.text import clean, duration, number, percent, sparkline, spread
 
 HOSTILE = "[bold]x[/] [/] | `code` ``` <script>&</script>\r\n\x1b[31m\u202eback\ud800 :smile: *a* _b_ \\"
@@ -270,3 +270,22 @@ def test_texts():
     assert sparkline([1e308, -1e308]) == "█▁"
     assert sparkline([math.nan, math.inf]) == "!!"
     assert spread(200, 5) == [0, 50, 100, 149, 199]
+
+
+def test_a_table_too_wide_for_a_terminal_is_turned_and_loses_nothing():
+    columns = ["", *(f"loss, text {i}" for i in range(12))]
+    cells = [[name, *(f"{name}{i:06}" for i in range(12))] for name in ("dense", "untrained", "random keys")]
+    assert list(_fitting(columns, cells, 1000)) == [(columns, cells)]
+    parts = list(_fitting(columns, cells, 36))
+    assert len(parts) > 1
+    found = {
+        (name, row[0]): cell
+        for names, rows in parts
+        for row in rows
+        for name, cell in zip(names[1:], row[1:], strict=True)
+    }
+    assert found == {(row[0], name): cell for row in cells for name, cell in zip(columns[1:], row[1:], strict=True)}
+    for names, rows in parts:
+        assert sum(max(map(len, column)) for column in zip(names, *rows, strict=True)) <= 36 or len(names) == 2
+    # Few columns are prose, which folds.
+    assert list(_fitting(["a", "why"], [["x", "y" * 90]], 36)) == [(["a", "why"], [["x", "y" * 90]])]
