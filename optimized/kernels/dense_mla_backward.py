@@ -8,8 +8,10 @@ W words of 32 bits.
 
 Both recompute P and dP, each where it can sum in registers: the first owns query rows and walks over keys, the second
 owns keys and walks over the query rows that may see them. So nothing is added up in memory, and the gradients are the
-same bits in every run. Delta is computed by the first kernel and read by the second. Σ P dP over the keys would be the
-same number, but only after a pass of its own.
+same bits in every run. Delta is computed by the first kernel and read by the second. Σ P dP over the keys, divided by
+Σ P, is the same number, but only after a pass of its own. In 16 bits P and dS are rounded to far more than it would
+gain. In fp32 (EXACT) the pass is made: where one key has nearly all of a row's weight, dP - Delta is a small difference,
+and holds only if Delta was added up from that same dP.
 
 The second kernel finds its rows by the ranges of the tiles: it starts at the first tile and stops at the last one whose
 range touches its keys. With causal or packed bounds there is nothing superfluous in between.
@@ -70,6 +72,7 @@ def dense_mla_dq_kernel(
     GUARDED: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EXACT: tl.constexpr,
 ) -> None:
     tiles = tl.cdiv(L, BLOCK_L)
     tile = tiles - 1 - tl.program_id(0) % tiles
@@ -84,9 +87,6 @@ def dense_mla_dq_kernel(
 
     out_offset = (row * H + head) * V
     dout = load_part(dout_ptr, out_offset, is_row, 0, V, VALUE)
-    out = load_part(out_ptr, out_offset, is_row, 0, V, VALUE)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + row * H + head, delta, mask=is_row)
     lse = tl.load(lse_ptr + row * H + head, mask=is_row, other=0.0) * LOG2E
     q_offset = (row * H + head) * D
     q0 = load_part(q_ptr, q_offset, is_row, 0, min(MAIN, D), MAIN)
@@ -96,6 +96,30 @@ def dense_mla_dq_kernel(
     if REST > 0:
         q1 = load_part(q_ptr, q_offset, is_row, MAIN, D, REST)
         total1 = tl.zeros((BLOCK_L, REST), tl.float32)
+
+    if EXACT:
+        delta = tl.zeros((BLOCK_L,), tl.float32)
+        weight_sum = tl.zeros((BLOCK_L,), tl.float32)
+        for first in range(tl.load(range_ptr) // BLOCK_S * BLOCK_S, tl.load(range_ptr + 1), BLOCK_S):
+            slot = first + tl.arange(0, BLOCK_S)
+            is_slot = slot < S
+            key = (batch * S + slot) * H + head
+            k0 = load_part(k_ptr, key * D, is_slot, 0, min(MAIN, D), MAIN)
+            logit = tl.dot(q0, tl.trans(k0), input_precision="ieee")
+            if REST > 0:
+                k1 = load_part(k_ptr, key * D, is_slot, MAIN, D, REST)
+                logit = tl.dot(q1, tl.trans(k1), logit, input_precision="ieee")
+            v = load_part(v_ptr, key * V, is_slot, 0, V, VALUE)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            visible = visible_pairs(row, is_row, start, end, first, bits_ptr, W, SELECTED, BLOCK_S, 1)
+            p = tl.exp2(logit * (scale * LOG2E) - lse[:, None])
+            weight_sum += tl.sum(tl.where(visible, p, 0.0), 1)
+            delta += tl.sum(tl.where(visible, p * dp, 0.0), 1)
+        delta /= tl.where(weight_sum > 0, weight_sum, 1.0)
+    else:
+        out = load_part(out_ptr, out_offset, is_row, 0, V, VALUE)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + row * H + head, delta, mask=is_row)
 
     for first in range(tl.load(range_ptr) // BLOCK_S * BLOCK_S, tl.load(range_ptr + 1), BLOCK_S):
         slot = first + tl.arange(0, BLOCK_S)
@@ -291,7 +315,7 @@ def backward(
         dense_mla_dq_kernel[(triton.cdiv(L, tile.rows) * H * B,)](
             query_BLHD, key_BSHD, value_BSHV, bounds_BL2, tile_ranges(bounds_BL2, S, tile.rows), bits,
             out_BLHV, dout_BLHV, lse_BLH, delta_BLH, dq_BLHD, L, S, W, scale,
-            **constants(H, D, V, selected, guarded, tile),
+            **constants(H, D, V, selected, guarded, tile), EXACT=dtype == torch.float32,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if not needs_dkv:
@@ -326,7 +350,7 @@ def specs(arch: int) -> list[KernelSpec]:
         for selected in (False, True):
             for guarded in (False, True):
                 tile = tile_of(D, V, torch.bfloat16, arch, guarded)
-                compiled = constants(H, D, V, selected, guarded, tile)
+                compiled = {**constants(H, D, V, selected, guarded, tile), **({"EXACT": False} if name == "dq" else {})}
                 form = f"dense_mla.{name}{'.selected' if selected else ''}{'.guarded' if guarded else ''}"
                 signature = {**pointers[name], **numbers, **dict.fromkeys(compiled, "constexpr")}
                 found.append(KernelSpec(form, kernel, signature, compiled, tile.num_warps, tile.num_stages))

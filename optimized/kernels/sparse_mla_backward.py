@@ -15,9 +15,10 @@ One kernel for all of it needs more registers than there are (some 2 KB a thread
                     bits in every run. Or (deterministic=False) adds it to dkv at once by fp32 atomics, for which no
                     [C, K, D] is needed.
 
-Delta. Σ P dP over a row's keys would take a pass of its own over them, before dS can be formed. dout . out is the same
-number and costs nothing, so `out` is kept; having been rounded to the inputs' dtype, it is as exact as P and dS are,
-which are rounded to it as well when they are operands of matrix products.
+Delta. Σ P dP over a row's keys, divided by Σ P, would take a pass of its own over them, before dS can be formed.
+dout . out is the same number and costs nothing, so `out` is kept; having been rounded to 16 bits, it is as exact as P and
+dS are, which are rounded to them as well when they are operands of matrix products. In fp32 (EXACT) the pass is made:
+see dense_mla_backward.py.
 
 Columns of K after the last slot of a row that is not -1 are neither written nor read. Between slots, P and dS are 0.
 """
@@ -71,6 +72,7 @@ def sparse_mla_probabilities_kernel(
     REST: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr,
 ) -> None:
     head_blocks = tl.cdiv(H, BLOCK_H)
     row_in_chunk = tl.program_id(0) // head_blocks
@@ -83,16 +85,41 @@ def sparse_mla_probabilities_kernel(
     out_offset = (row * H + head) * V
     q0 = load_part(q_ptr, q_offset, is_head, 0, V, PART)
     dout0 = load_part(dout_ptr, out_offset, is_head, 0, V, PART)
-    out0 = load_part(out_ptr, out_offset, is_head, 0, V, PART)
-    delta = tl.sum(dout0.to(tl.float32) * out0.to(tl.float32), 1)
     if TWO:
         q1 = load_part(q_ptr, q_offset, is_head, PART, V, PART)
         dout1 = load_part(dout_ptr, out_offset, is_head, PART, V, PART)
-        out1 = load_part(out_ptr, out_offset, is_head, PART, V, PART)
-        delta += tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), 1)
     if REST > 0:
         q2 = load_part(q_ptr, q_offset, is_head, V, D, REST)
     lse = tl.load(lse_ptr + row * H + head, mask=is_head, other=0.0) * LOG2E
+
+    if EXACT:
+        delta = tl.zeros((BLOCK_H,), tl.float32)
+        weight_sum = tl.zeros((BLOCK_H,), tl.float32)
+        for start in range(0, used_slots(index_ptr, K), BLOCK_K):
+            position = start + tl.arange(0, BLOCK_K)
+            slot = tl.load(index_ptr + position, mask=position < K, other=-1)
+            is_key = slot >= 0
+            kv_offset = slot.to(tl.int64) * D
+            kv0 = load_part(kv_ptr, kv_offset, is_key, 0, V, PART)
+            logit = tl.dot(q0, tl.trans(kv0), input_precision="ieee")
+            dp = tl.dot(dout0, tl.trans(kv0), input_precision="ieee")
+            if TWO:
+                kv1 = load_part(kv_ptr, kv_offset, is_key, PART, V, PART)
+                logit = tl.dot(q1, tl.trans(kv1), logit, input_precision="ieee")
+                dp = tl.dot(dout1, tl.trans(kv1), dp, input_precision="ieee")
+            if REST > 0:
+                kv2 = load_part(kv_ptr, kv_offset, is_key, V, D, REST)
+                logit = tl.dot(q2, tl.trans(kv2), logit, input_precision="ieee")
+            p = tl.exp2(logit * (scale * LOG2E) - lse[:, None])
+            weight_sum += tl.sum(tl.where(is_key[None, :], p, 0.0), 1)
+            delta += tl.sum(tl.where(is_key[None, :], p * dp, 0.0), 1)
+        delta /= tl.where(weight_sum > 0, weight_sum, 1.0)
+    else:
+        out0 = load_part(out_ptr, out_offset, is_head, 0, V, PART)
+        delta = tl.sum(dout0.to(tl.float32) * out0.to(tl.float32), 1)
+        if TWO:
+            out1 = load_part(out_ptr, out_offset, is_head, PART, V, PART)
+            delta += tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), 1)
 
     for start in range(0, used_slots(index_ptr, K), BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)
@@ -312,7 +339,7 @@ def backward(
             C, first_row = min(rows, L - first), b * L + first
             sparse_mla_probabilities_kernel[(C * triton.cdiv(H, tile.heads),)](
                 query_BLHD, latent_BSD[b], indices_BLK, out_BLHV, dout_BLHV, lse_BLH, p_CKH, ds_CKH,
-                first_row, K, scale, **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+                first_row, K, scale, **constants, EXACT=dtype == torch.float32, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
             if dq_BLHD is not None:
                 sparse_mla_dq_kernel[(C * triton.cdiv(H, tile_dq.heads),)](
@@ -348,9 +375,9 @@ def specs(arch: int) -> list[KernelSpec]:
             {
                 "q_ptr": "*bf16", "kv_ptr": "*bf16", "indices_ptr": "*i32", "out_ptr": "*bf16", "dout_ptr": "*bf16",
                 "lse_ptr": "*fp32", "p_ptr": "*bf16", "ds_ptr": "*bf16", **numbers, "scale": "fp32",
-                **dict.fromkeys(constants, "constexpr"),
+                **dict.fromkeys(constants, "constexpr"), "EXACT": "constexpr",
             },
-            constants, tile.num_warps, tile.num_stages, frozenset({"first_row"}),
+            {**constants, "EXACT": False}, tile.num_warps, tile.num_stages, frozenset({"first_row"}),
         ),
         KernelSpec(
             "sparse_mla.dq", sparse_mla_dq_kernel,
