@@ -34,6 +34,10 @@ class Errors:
         """The sum, side by side."""
         return Errors(*(getattr(self, side) + getattr(other, side) for side in SIDES))
 
+    def larger(self, other: "Errors") -> "Errors":
+        """The larger of both, side by side."""
+        return Errors(*(max(getattr(self, side), getattr(other, side)) for side in SIDES))
+
     def used(self, budget: "Errors") -> float:
         """The largest share of `budget` that is used; not a number when an error is."""
         shares = [getattr(self, side) / getattr(budget, side) for side in SIDES]

@@ -5,7 +5,7 @@ dtype) and the subject, all on the oracle's tape. The oracle does not depend on 
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar, cast
@@ -26,6 +26,9 @@ State = dict[str, torch.Tensor]
 # A thousand times the rounding of fp32: some latents and index entries of a tiny model change sides. With a tenth of
 # it the optimized model used up to 1.35 of a budget (KL gradients, seed 14), with this at most 0.60 (seeds 0-19).
 FP8_JITTER = 1e-4
+# Half a unit in the last place of fp32: weights that far apart are the same to whoever computes in fp32.
+ROUNDING = 2.0**-24
+NEIGHBOURS = 8
 T = TypeVar("T")
 
 
@@ -119,6 +122,19 @@ class Oracle:
     def baseline(self) -> Observation:
         """The reference in the subject's dtype on the tape: the error of plain low precision."""
         return observe(self.low(), self.case, ALL, tape=self.tape, scores=True, lm_gradients=not self.lean)
+
+    def neighbours(self) -> Iterator[Observation]:
+        """The reference in the subject's dtype on the tape, with weights moved by ROUNDING: NEIGHBOURS runs, one at a time.
+
+        One run is one draw of its errors. Where few tokens make most of a gradient, as under peaked attention, one
+        rounding moves all of it, and a side of that draw may be a hundredth of what the next one has.
+        """
+        for i in range(NEIGHBOURS):
+            generator = torch.Generator().manual_seed(NEIGHBOURS * self.case.seed + i)
+            state = {n: x * (1 + ROUNDING * torch.randn(x.shape, generator=generator)) for n, x in self.state.items()}
+            yield observe(
+                self._reference(state, self.dtype), self.case, ALL, tape=self.tape, lm_gradients=not self.lean
+            )
 
     @cached_property
     def baseline_free(self) -> Observation:

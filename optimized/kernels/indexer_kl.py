@@ -117,6 +117,19 @@ def divergence_kernel(
         high = tl.max(tl.where(seeing, end, 0), 0)
         low = tl.minimum(tl.min(tl.where(seeing, start, 2147483647), 0), high) // BLOCK * BLOCK
     lse = tl.load(lse_ptr + row, mask=live, other=0.0)
+    # p sums to 1 only within the rounding of the main attention's lse.
+    mass = tl.zeros([ROWS], tl.float32)
+    for first in range(low, high, BLOCK):
+        key = first + tl.arange(0, BLOCK)
+        offsets = row.to(tl.int64)[:, None] * width + key[None, :]
+        stored = live[:, None] & (key < width)[None, :]
+        p = tl.load(p_ptr + offsets, mask=stored, other=0.0)
+        if SELECTED:
+            visible = tl.load(visible_ptr + offsets, mask=stored, other=-1) >= 0
+        else:
+            visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        mass += tl.sum(tl.where(visible, p, 0.0), 1)
+    share = 1.0 / tl.where(mass > 0, mass, 1.0)
     kl = tl.zeros([ROWS], tl.float32)
     for first in range(low, high, BLOCK):
         key = first + tl.arange(0, BLOCK)
@@ -128,7 +141,7 @@ def divergence_kernel(
             visible = tl.load(visible_ptr + offsets, mask=stored, other=-1) >= 0
         else:
             visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible, p * share[:, None], 0.0)
         log_softmax = tl.where(visible, score, 0.0) - tl.where(visible, lse[:, None], 0.0)
         # 0 log 0 is 0, whatever the score; NaN stays NaN.
         some = p != 0.0

@@ -90,7 +90,6 @@ ENDS_WITH = {
     "v32 plan --config v32 --seq-len 65536 --stage sparse --gpus 128xH200 --parallel cp=8,ep=16 --no-checkpointing": 1,
     "v32 verify --subject transformers": 1,
     "v32 verify --subject this_file.py:factory": 1,
-    "v32 verify --checkpoint harness/training/mini": 1,
 }
 # Example subjects by file: the document that holds one, and how its block starts.
 EXAMPLES = {

@@ -28,9 +28,8 @@ def test_the_checkpoint_is_small_and_of_the_preset():
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_right_models_agree_on_trained_weights(backend):
-    # Not parity.lm_gradients and kl.gradients, whose budgets are too small here: docs/kernels.md says by how much and why.
-    found = judged("optimized", "finite,choices,parity.logits,parity.lm_loss,kl.loss,gradients", backend)
-    assert Counter(v.status for v in found)[Status.VERIFIED] >= 16
+    found = judged("optimized", "finite,choices,parity.logits,parity.lm_loss,parity.lm_gradients,kl,gradients", backend)
+    assert Counter(v.status for v in found)[Status.VERIFIED] >= 24
     assert {v.status for v in found} == {Status.VERIFIED}, [(v.check, v.reason) for v in found]
 
 
