@@ -115,7 +115,7 @@ class Plan:
 
     def _fitting(self, layouts: list[Any]) -> tuple[str, list[str], list[list[str]]]:
         rows = [
-            [one["layout"], number(one["memory"]["total"] / GIB), f"{one['seconds']['floor']:.4g}",
+            [one["layout"], _gib(one["memory"]["total"]), f"{one['seconds']['floor']:.4g}",
              f"{one['seconds']['communication']:.4g}", f"{one['tokens_a_second']:,.0f}"]
             for one in layouts
         ]  # fmt: skip
@@ -148,6 +148,11 @@ def _flop(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}FLOP"
     return f"{value / 1e6:.3g} MFLOP"
+
+
+def _gib(size: float) -> str:
+    """One decimal, as memories are compared; more of what would be 0.0."""
+    return f"{size / GIB:.1f}" if size >= GIB / 20 else number(size / GIB)
 
 
 def _layouts(count: int) -> str:
