@@ -10,6 +10,7 @@ operators of `OPERATORS`. An operator says in its own attribute `capabilities` w
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
@@ -112,7 +113,7 @@ class Subject:
         """The module in training mode, every parameter trainable."""
         assert self.factory is not None, "checks of models need the capability model"
         # Its own copy: a subject that changes its config must not change the reference's.
-        module = self.factory(DeepseekV32Config(**config.to_dict()), state, device=device, dtype=dtype)
+        module = self.factory(deepcopy(config), state, device=device, dtype=dtype)
         return module.train().requires_grad_(True)
 
 

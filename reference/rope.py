@@ -21,10 +21,10 @@ def yarn_inv_freq(rope_parameters: dict[str, Any], dim: int) -> torch.Tensor:
     f_i = theta^(-2i/dim). YaRN keeps the fast ones, divides the slow ones by `factor` and blends between:
     with r(i) = clamp((i - low) / (high - low), 0, 1), f'_i = f_i/factor * r + f_i * (1 - r), where low and high
     are the indices that turn beta_fast and beta_slow times over the original context. The table is data: it is
-    rounded to fp32 in every dtype of the model, fp64 included.
+    rounded to fp32 in every dtype of the model, fp64 included, and made on the CPU, so that all devices have the same.
     """
     theta = float(rope_parameters["rope_theta"])
-    index = torch.arange(0, dim, 2, dtype=torch.float32)
+    index = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu")
     inv_freq = 1.0 / theta ** (index / dim)
     if rope_parameters["rope_type"] == "default":
         return inv_freq
@@ -36,7 +36,7 @@ def yarn_inv_freq(rope_parameters: dict[str, Any], dim: int) -> torch.Tensor:
     low = max(math.floor(index_of(rope_parameters.get("beta_fast") or 32)), 0)
     high = min(math.ceil(index_of(rope_parameters.get("beta_slow") or 1)), dim - 1)
     width = max(high - low, 0.001)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
     return inv_freq / rope_parameters["factor"] * ramp + inv_freq * (1 - ramp)
 
 
@@ -77,7 +77,8 @@ class RotaryTable(torch.nn.Module):
         self.rope_parameters = dict(config.rope)
         self.dim = config.qk_rope_head_dim
         self.factor = rotary_factor(self.rope_parameters)
-        self.inv_freq = torch.nn.Buffer(yarn_inv_freq(self.rope_parameters, self.dim), persistent=False)
+        table = yarn_inv_freq(self.rope_parameters, self.dim).to(torch.get_default_device())
+        self.inv_freq = torch.nn.Buffer(table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RotaryTable":
         # The table is fp32 data: `model.to(bfloat16)` must not round it, nor `model.double()` make it look finer.
