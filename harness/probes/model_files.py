@@ -181,6 +181,7 @@ def official_files(bench: Bench) -> Answer:
         return bench.subject.build(config, state, torch.device("cpu"), torch.float32)
 
     measures, wrong = [], {}
+    reasons: list[str] = []
     with TemporaryDirectory() as parent:
         for format in ("bf16", "fp8"):
             expected = layout(config, format)
@@ -196,10 +197,16 @@ def official_files(bench: Bench) -> Answer:
             names = expected | scales
             here = {name: tensor.dtype for name, tensor in files.tensors.items()}
             known = {name: dtype for name, dtype in expected.items() if here.get(name) == dtype}
+            strange = sorted(
+                (names.keys() ^ here.keys()) | {n for n in names.keys() & here.keys() if here[n] != names[n]}
+            )
+            beyond = {name: _beyond(name, files, of_state(name, state)) for name in known}
+            reasons += [f"{format}: {strange[0]} is missing, extra or of another dtype"] if strange else []
+            reasons += [f"{format}: {name} is not what the model was given" for name in beyond if beyond[name]][:1]
             counts = {
                 "tensors missing, extra or in another file": len(names.keys() ^ here.keys()) + files.misplaced,
                 "tensors of another dtype": sum(here[name] != names[name] for name in names.keys() & here.keys()),
-                "numbers beyond rounding": sum(_beyond(name, files, of_state(name, state)) for name in known),
+                "numbers beyond rounding": sum(beyond.values()),
                 "numbers that are read otherwise": differing(again, files, known),
             }
             if format == "fp8":
@@ -207,7 +214,8 @@ def official_files(bench: Bench) -> Answer:
                 counts["entries of quantization_config"] = sum(told.get(k) != v for k, v in QUANTISATION.items())
                 wrong = _wrong(files, again, known)
             measures += [Measure(f"{format}: {what}", float(count), 0.0) for what, count in counts.items()]
-    return Answer(measures, [NullCandidate(name, rejected) for name, rejected in wrong.items()])
+    reasons += [f"{m.name}: {m.value:.0f}" for m in measures if m.value and not reasons]
+    return Answer(measures, [NullCandidate(name, rejected) for name, rejected in wrong.items()], "; ".join(reasons))
 
 
 def _beyond(name: str, files: Files, w: torch.Tensor) -> int:

@@ -62,10 +62,12 @@ def sparse(forward_module, backward_module):
     expected.backward(grad.double())
     near = dict(atol=1e-4, rtol=1e-4, check_dtype=False)
     assert_close(at(out, row * H * V, H, V), expected.detach(), **near)
-    weights, slopes = torch.zeros(1, K, H), torch.zeros(1, K, H)
-    backward.sparse_mla_probabilities_kernel[(1,)](
-        start_of(q), start_of(kv), indices, start_of(out), start_of(dout), lse, weights, slopes, row, K, 0.05, **constants)
-    assert_close(weights[0].T, p.detach(), **near)
+    for exact in (False, True):
+        weights, slopes = torch.zeros(1, K, H), torch.zeros(1, K, H)
+        backward.sparse_mla_probabilities_kernel[(1,)](
+            start_of(q), start_of(kv), indices, start_of(out), start_of(dout), lse, weights, slopes, row, K, 0.05,
+            **constants, EXACT=exact)
+        assert_close(weights[0].T, p.detach(), **near)
     backward.sparse_mla_dq_kernel[(1,)](start_of(kv), indices, slopes, start_of(dq), row, K, **constants)
     assert_close(at(dq, row * H * D, H, D), leaf_q.grad, **near)
     for columns in backward.dkv_constants(H, D, V, tile, False):
@@ -102,9 +104,10 @@ def dense():
     expected.backward(small["dout"].double())
     near = dict(atol=1e-4, rtol=1e-4, check_dtype=False)
     assert_close(rows("out", V), expected.detach(), **near)
-    backward.dense_mla_dq_kernel[(1,)](
-        *inputs, begin["out"], begin["dout"], lse, delta, begin["dq"], *numbers, **constants)
-    assert_close(rows("dq", D), q.grad, **near)
+    for exact in (False, True):
+        backward.dense_mla_dq_kernel[(1,)](
+            *inputs, begin["out"], begin["dout"], lse, delta, begin["dq"], *numbers, **constants, EXACT=exact)
+        assert_close(rows("dq", D), q.grad, **near)
     backward.dense_mla_dkv_kernel[(1,)](
         *inputs, begin["dout"], lse, delta, begin["dk"], begin["dv"], *numbers, **constants)
     assert_close(rows("dk", D), k.grad, **near)

@@ -270,3 +270,10 @@ def no_yarn_factor_in_the_softmax_scale(model):
     config = model.config
     for attention in attentions(model):
         attention.scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+
+
+@wrong("official_files")
+def factor_folded_into_wk(model):
+    """A trainer's own scale of the index keys goes into the files (D15)."""
+    for attention in attentions(model):
+        attention.indexer.wk.weight.data.mul_(1.5)
