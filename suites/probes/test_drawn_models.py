@@ -33,7 +33,7 @@ from harness.probes.model_sides import (
     with_ids,
 )
 from harness.strategies import SEEDS, model_configs
-from harness.subjects import resolve_subject
+from harness.subjects import Subject, resolve_subject
 from reference import DeepseekV32Config
 
 CPU = torch.device("cpu")
@@ -41,10 +41,10 @@ CPU = torch.device("cpu")
 FEW, FEWER = (settings(max_examples=max(settings().max_examples // n, 1)) for n in (2, 10))
 
 
-def bench_of(config: DeepseekV32Config, seed: int, subject: str = "optimized") -> Bench:
-    """The bench of a drawn model; the probes bring cases of their own."""
-    case = build_case("text", config, seed=seed, length=8)
-    return Bench(Oracle(case, calibrated_state(config, seed), CPU), resolve_subject(subject), torch.float32)
+def bench_of(config: DeepseekV32Config, seed: int, subject: Subject | None = None) -> Bench:
+    """The bench of a drawn model, the optimized one unless another is given; the probes bring cases of their own."""
+    case, subject = build_case("text", config, seed=seed, length=8), subject or resolve_subject("optimized")
+    return Bench(Oracle(case, calibrated_state(config, seed), CPU), subject, torch.float32)
 
 
 def assert_right(bench: Bench, experiment, *, flips: int = 0) -> None:
