@@ -189,12 +189,27 @@ def _native() -> Finding:
     return Finding(RUNS, NATIVE, "ok", f"{found} builds them when they are first used")
 
 
+def _interpreter(triton: str, numpy: str) -> Finding:
+    # 3.6 reads scalars in a way that numpy took out in 2.4.
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        advice = "Install numpy below 2.4 or triton from 3.7 on to interpret kernels; a GPU needs neither."
+        return Finding(RUNS, "Triton interpreter", "limited", f"triton {triton} cannot with numpy {numpy}", advice)
+    return Finding(RUNS, "Triton interpreter", "ok", "runs kernels on the CPU, TRITON_INTERPRET=1")
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor; of a package that is not there, whose absence is reported elsewhere, neither."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
 def _triton(gpu: bool) -> list[Finding]:
     spec = util.find_spec("triton")
     if spec is None or spec.origin is None:
         advice = _SETUP if platform.system() == "Linux" else "Use Linux, which triton needs."
         return [Finding(RUNS, f"Triton {part}", "missing", "no triton", advice) for part in ("interpreter", "compile")]
-    interpreter = Finding(RUNS, "Triton interpreter", "ok", "runs kernels on the CPU, TRITON_INTERPRET=1")
+    interpreter = _interpreter(
+        *(metadata.version(name) if util.find_spec(name) else "" for name in ("triton", "numpy"))
+    )
     assembler = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
     if not assembler.exists() and "TRITON_PTXAS_PATH" not in os.environ:
         advice = "Reinstall triton from a wheel, or set TRITON_PTXAS_PATH."

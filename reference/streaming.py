@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging
 
@@ -197,6 +197,8 @@ def _locate(path: Any, arguments: dict[str, Any]) -> Path:
     if Path(path).exists():
         raise ValueError(f"{path} is a file; a checkpoint is the directory that holds config.json and its shards.")
     hub = {name: arguments.pop(name) for name in _HUB_ARGUMENTS if arguments.get(name) is not None}
+    # Offline, some versions of the hub's client ask the network for what they know of a commit that the cache has.
+    hub["local_files_only"] = hub.get("local_files_only", False) or constants.HF_HUB_OFFLINE
     try:
         found = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"], **hub)
     except HFValidationError as error:

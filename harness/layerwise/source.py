@@ -84,7 +84,8 @@ def locate(
         if missing is not None:
             announce(missing)
             check_disk(missing.missing_bytes, Path(constants.HF_HUB_CACHE), name)
-    found = Path(str(_snapshot(name, revision, local_files_only=downloaded)))
+    # Offline, some versions of the hub's client ask the network for what they know of a commit that the cache has.
+    found = Path(str(_snapshot(name, revision, local_files_only=downloaded or constants.HF_HUB_OFFLINE)))
     return Source(found, name, found.name)
 
 

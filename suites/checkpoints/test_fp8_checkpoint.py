@@ -321,12 +321,13 @@ def test_a_device_map_computes_the_same_from_fp8(package, placing, written, tmp_
 @both_packages
 def test_memory_that_does_not_suffice_sends_layers_to_disk(package, written, tmp_path):
     model = package.DeepseekV32ForCausalLM.from_pretrained(
-        written["fp8"].path, torch_dtype=torch.bfloat16, device_map="auto", max_memory={"cpu": "1300KB"},
+        written["fp8"].path, torch_dtype=torch.float32, device_map="auto", max_memory={"cpu": "2600KB"},
         offload_folder=tmp_path,
     )  # fmt: skip
     assert "disk" in model.hf_device_map.values()
-    expected = package.DeepseekV32ForCausalLM.from_pretrained(written["fp8"].path)(text(L)).logits
-    assert torch.equal(model(text(L)).logits, expected)
+    expected = package.DeepseekV32ForCausalLM.from_pretrained(written["fp8"].path, dtype=torch.float32)(text(L)).logits
+    # Where a tensor lies in memory decides how some products are summed.
+    torch.testing.assert_close(model(text(L)).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_can_be_replaced_while_its_model_lives(written, tmp_path):
@@ -337,14 +338,15 @@ def test_a_checkpoint_can_be_replaced_while_its_model_lives(written, tmp_path):
     assert differing(model, written["bf16"].true) == set()
 
 
-def test_a_name_on_the_hub_is_read_from_its_cache(written, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "asked", [{"local_files_only": True}, {"revision": "0" * 40}, {}], ids=["local", "commit", "offline"]
+)
+def test_a_name_on_the_hub_is_read_from_its_cache(asked, written, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "models--deepseek-ai--DeepSeek-V3.2" / "snapshots" / ("0" * 40)
     shutil.copytree(written["fp8"].path, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
-    model = reference.DeepseekV32ForCausalLM.from_pretrained(
-        "deepseek-ai/DeepSeek-V3.2", cache_dir=tmp_path, local_files_only=True
-    )
+    model = reference.DeepseekV32ForCausalLM.from_pretrained("deepseek-ai/DeepSeek-V3.2", cache_dir=tmp_path, **asked)
     assert differing(model, written["fp8"].true) == set()
     assert model.config.name_or_path == "deepseek-ai/DeepSeek-V3.2"

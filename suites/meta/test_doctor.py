@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness import doctor, environment
-from harness.doctor import Finding, can_run_main_job, diagnose, print_doctor, verdict
+from harness.doctor import Finding, _interpreter, can_run_main_job, diagnose, print_doctor, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +91,22 @@ def test_every_finding_that_asks_for_something_says_what(ranges):
     for item in findings:
         assert item.advice or item.state != "missing" or item.name == "GPU"
         assert item.advice == "" or item.advice.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "state"),
+    [
+        ("3.6.0", "2.4.6", "limited"),
+        ("3.6.0", "2.3.5", "ok"),
+        ("3.7.0", "2.5.5", "ok"),
+        ("3.9.0", "2.4.6", "ok"),
+        ("3.6.0", "", "ok"),
+    ],
+)
+def test_an_interpreter_that_this_numpy_breaks_is_limited(triton, numpy, state):
+    found = _interpreter(triton, numpy)
+    assert found.state == state
+    assert bool(found.advice) is (state == "limited")
 
 
 def test_the_token_is_never_shown(monkeypatch):
