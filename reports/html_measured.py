@@ -13,7 +13,7 @@ from reports.page import Block, Chart, Folded, Section, Table, Text
 from reports.plan import plan
 from reports.recipe import recipe
 from reports.schema import Run
-from reports.text import number, spread
+from reports.text import heading, number, spread
 from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, QUANTITIES, Row, Timings, point_of, timings
 from reports.training import CURVES, Curve, training
 from reports.view import Labels, curves, measurement_cells
@@ -59,7 +59,7 @@ def training_charts(run: Run) -> Section | None:
     norms = [curve for curve in found.curves if curve.name not in CURVES.values()]
     if norms:
         blocks.append(_curves("Norms of gradients", "2-norm", norms))
-    tables = [Table(title.capitalize(), columns, rows) for title, columns, rows in found.tables(7)]
+    tables = [Table(heading(title), columns, rows) for title, columns, rows in found.tables(7)]
     return Section("training", f"Training, stage {found.stage}", [*blocks, *tables])
 
 

@@ -10,7 +10,7 @@ from reports.recipe import sections
 from reports.records import Run, Verdict, verdict_line, why_not_complete
 from reports.shards import COLUMNS as SHARD_COLUMNS
 from reports.shards import shards
-from reports.text import clean, duration, number, one_line, sparkline, spread
+from reports.text import clean, duration, heading, number, one_line, sparkline, spread
 from reports.timings import COLUMNS, FLOOR_COLUMNS, GROWTH_COLUMNS, point_of, timings
 from reports.timings import FAMILY as BENCH
 from reports.view import (
@@ -133,7 +133,7 @@ def _training(run: Run, rows: int) -> list[str]:
     parts: list[str] = []
     for tables, notes in sections(run, _STEPS):
         for title, columns, cells in tables:
-            parts += [f"### {escape(title.capitalize())}", _table(columns, cells, rows)]
+            parts += [f"### {escape(heading(title))}", _table(columns, cells, rows)]
         parts.append(_bullets(escape(note) for note in notes))
     return parts
 

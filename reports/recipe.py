@@ -103,7 +103,8 @@ def _table(measured: list[Measurement], name_of: Callable[[Measurement], str]) -
 
 
 def _shown(column: str, value: float) -> str:
-    return f"{value:.1%}" if column.startswith(("accuracy", "recall", "left out")) else f"{value:.3g}"
+    # z: a mass of -1e-8, which rounding leaves, is 0.0 %.
+    return f"{value:z.1%}" if column.startswith(("accuracy", "recall", "left out")) else f"{value:.3g}"
 
 
 def _noticed(measured: list[Measurement]) -> tuple[list[str], list[list[str]]]:

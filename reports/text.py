@@ -27,6 +27,11 @@ def ascii_only(text: str) -> str:
     return text.translate(_ASCII).encode("ascii", "backslashreplace").decode()
 
 
+def heading(title: str) -> str:
+    """The title with a large first letter, and every other letter as it was."""
+    return title[:1].upper() + title[1:]
+
+
 def number(value: float, unit: str = "") -> str:
     """Three significant digits, and the unit."""
     whole = math.isfinite(value) and value == int(value) and abs(value) < 1e6
