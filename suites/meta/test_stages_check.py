@@ -44,6 +44,8 @@ PLACES = {
     "residual-of-the-normed-input": (0, "MoE"),
     "wrong-eps-of-k-norm": (0, "projection"),
 }
+# Every MoE layer has the bug; which of them has a token that meets it depends on how torch's version breaks a tie.
+EITHER = {"E05-dropped-groups-masked-with-0": {1, 2}}
 # What must stay within its budget, as everything does that is not named here: the stages that a bug leaves alone.
 ALONE = {
     "A01-interleaved-indexer-rope": {"projection", "index scores", "attention", "MoE"},
@@ -83,8 +85,9 @@ def beyond(verdict):
 def test_the_first_stage_beyond_its_budget_is_where_the_bug_sits(name, oracles):
     verdict = verdict_on(resolve_subject(f"mutant:{name}"), oracles)
     assert verdict.status is Status.FAILED
-    assert place(verdict) == PLACES[name]
-    layer, stage = PLACES[name]
+    layer, stage = place(verdict)
+    assert stage == PLACES[name][1]
+    assert layer in EITHER.get(name, {PLACES[name][0]})
     where = f"{stage} of layer {layer}" if layer is not None else stage
     assert verdict.reason.startswith(f"the first stage beyond its budget is {where}: ")
     assert not {stage for _, stage in beyond(verdict)} & ALONE.get(name, set())
