@@ -4,6 +4,7 @@ A mode is "sparse" or "dense" for checks of one forward and backward, "whole" fo
 own, "operators" for checks of single operators.
 """
 
+import gc
 import shlex
 import time
 import traceback
@@ -213,6 +214,9 @@ def judge(check: Check, bench: Bench | OperatorBench, mode: str, plan: Plan, mis
         except Exception as error:
             status, answer = Status.ERROR, Answer([], [], f"{type(error).__name__}: {error}")
             data["traceback"] = traceback.format_exc()
+        if "traceback" in data:
+            # In torch 2.11 the next backward goes on with what is left of one that raised, for as long as that lives.
+            gc.collect()
     return Verdict(
         check=check.name,
         family=check.family,

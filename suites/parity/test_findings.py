@@ -5,6 +5,7 @@ A future transformers that mends a finding makes its assertion fail, and the mes
 
 import contextlib
 import functools
+import gc
 import io
 import os
 import re
@@ -75,6 +76,8 @@ def show(finding: Finding) -> str:
         pytest.fail(stale(finding.number, transformers.__version__, evidence), pytrace=False)
     finally:
         torch.set_num_threads(threads)
+        # In torch 2.11 the next backward goes on with what is left of one that raised, for as long as that lives.
+        gc.collect()
     return printed.getvalue()
 
 
@@ -94,8 +97,18 @@ def run_alone(python: str, finding: Finding, directory: Path) -> subprocess.Comp
     )
 
 
+def mended(finding: Finding) -> bool:
+    """Whether the installed transformers is one that the document was written on, and does not have the finding."""
+    here = transformers.__version__.rpartition(".")[0]
+    return here in {version for f in FINDINGS for version in f.versions} - set(finding.versions)
+
+
 @each_finding
 def test_a_finding_holds(finding):
+    if mended(finding):
+        with pytest.raises(pytest.fail.Exception, match="no longer holds"):
+            show(finding)
+        return
     assert show(finding).strip()
 
 
@@ -103,7 +116,8 @@ def test_a_finding_holds(finding):
 @each_finding
 def test_a_block_runs_by_itself(finding, tmp_path):
     done = run_alone(sys.executable, finding, tmp_path)
-    assert done.returncode == 0, stale(finding.number, transformers.__version__, done.stdout + done.stderr)
+    holds = done.returncode == 0
+    assert holds is not mended(finding), stale(finding.number, transformers.__version__, done.stdout + done.stderr)
 
 
 @pytest.mark.slow

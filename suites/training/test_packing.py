@@ -13,7 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from reference import Decisions
 from reference.packing import PaddingCollator, chat_document, pack
-from suites.support import SEED, assert_same, both_models, both_modes, build, text
+from suites.support import EXACT, SEED, assert_same, both_models, both_modes, build, text
 
 USER, ASSISTANT, END, PAD = 259, 260, 257, 258
 LENGTH = 64
@@ -141,7 +141,8 @@ def test_packed_documents_have_the_losses_and_gradients_of_each_alone(model_clas
         mean = model(**batch(DOCUMENTS)).lm_loss
         each = [model(**alone(document)).lm_loss for document in DOCUMENTS]
     assert_same(mean, sum(w * loss for w, loss in zip(weights, each, strict=True)) / sum(weights))
-    assert (mean - sum(each) / len(each)).abs() > 1e-3
+    # By how much depends on the text, which is Python's own.
+    assert (mean - sum(each) / len(each)).abs() > 1e5 * EXACT
 
 
 def first_labels_kept(batch):
