@@ -203,9 +203,12 @@ def head(step: Step) -> Block:
     kept = {"logits": scores * a}
     if step.graph:
         kept |= {"last block's output": hidden * a, "last normed output": hidden * a}
-    if not step.graph or step.trains == "indexer":
+    if not step.graph:
         return Block("head", _of_frozen(step, kept), hidden * a + scores * WIDE * (1 if a == WIDE else 2), 0)
     kept["log-probabilities"] = scores * WIDE
+    if step.trains == "indexer":
+        # The LM loss is recorded, and nobody goes back through it.
+        return Block("head", _of_frozen(step, kept), hidden * a + (0 if a == WIDE else scores * WIDE), 0)
     forward = 0 if a == WIDE else scores * WIDE
     # The gradient with respect to the log-probabilities, and the one that is made of it.
     in_loss = 2 * scores * WIDE

@@ -124,7 +124,8 @@ class _Walk:
         outside = self.grads.get(None, 0)
         self._at(last.backward, "the head's backward")
         # The logits are a part of the answer, which the loop holds until the step is done.
-        self.live += outside // 2 - (last.size - last.kept["logits"])
+        freed = last.size - last.kept["logits"] if self.step.trains != "indexer" else 0
+        self.live += outside // 2 - freed
         for layer in reversed(layers):
             if step.forgets:
                 self.live -= remembered
