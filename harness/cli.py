@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from reports.files import REPORT_FILES, write_reports
+from reports.interrupts import interruptions, remembered
 from reports.records import RecordError, read_run, run_exit_code, write_text_atomically
 from reports.terminal import print_line, render
 
@@ -449,8 +450,10 @@ def _elsewhere(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every wrong use ends in one sentence and exit code 2."""
     errors = Console(stderr=True)
+    before = interruptions()
     try:
-        code = app(args=arguments, prog_name="v32", standalone_mode=False)
+        with remembered():
+            code = app(args=arguments, prog_name="v32", standalone_mode=False)
     except typer.Abort:
         code = INTERRUPTED
     except CommandLineError as error:
@@ -460,6 +463,12 @@ def main(arguments: list[str] | None = None) -> None:
         print_line(errors, f"v32: {error}")
         code = USAGE_ERROR
     except KeyboardInterrupt:
+        print_line(errors, "v32: interrupted.")
+        code = INTERRUPTED
+    except Exception:
+        # What a library made of Ctrl-C on its way up.
+        if interruptions() == before:
+            raise
         print_line(errors, "v32: interrupted.")
         code = INTERRUPTED
     sys.exit(code or 0)

@@ -175,8 +175,9 @@ def _judged(
             lacking.add((check.name, missing))
         sink.start(check.name, f"{bench.case.name}, {mode}", str(bench.dtype).removeprefix("torch."))
         verdict = judge(check, bench, mode, plan, missing)
-        sink.done(verdict)
+        # Shown once the caller has taken it: what a Ctrl-C made of a check is neither recorded nor shown.
         yield verdict
+        sink.done(verdict)
 
 
 def _case(plan: Plan, mode: str, name: str) -> Case:

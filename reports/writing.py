@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from reports.interrupts import interruptions
 from reports.schema import (
     SCHEMA_VERSION,
     Measurement,
@@ -28,6 +29,8 @@ class RunWriter:
 
     Every line is one write call, so that a killed process leaves at most one cut last line. An older file at
     `path` is replaced as a whole when the header is written. `sync=True` also survives a power cut.
+    After a Ctrl-C inside the block nothing is recorded but the footer, and KeyboardInterrupt leaves the block, whatever
+    had become of it underneath (`reports.interrupts`).
     `verified_code` is the exit code when all is verified: set it to 4 where a baseline was not reached.
     """
 
@@ -42,12 +45,14 @@ class RunWriter:
         self._file = -1
         self._size = 0
         self._started = 0.0
+        self._interruptions = 0
         self._statuses: list[Status] = []
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         self._size = 0
+        self._interruptions = interruptions()
         self._statuses.clear()
         self._file, temporary = _open_beside(self.path)
         try:
@@ -61,6 +66,7 @@ class RunWriter:
 
     def write(self, record: Verdict | Measurement) -> None:
         """Append a verdict or a measurement; one that cannot be written raises and leaves the file whole."""
+        self._stop_if_interrupted()
         line: dict[str, object] = {item.name: getattr(record, item.name) for item in fields(record)}
         if isinstance(record, Measurement):
             self._append({"record": "measurement", **line})
@@ -72,11 +78,15 @@ class RunWriter:
 
     def event(self, kind: str, /, **data: JSON) -> None:
         """Append an event: something worth a line that is neither a verdict nor a measurement."""
+        self._stop_if_interrupted()
         self._append({"record": "event", "kind": kind, "at": self._elapsed(), "data": data})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost = self._interrupted() and not isinstance(error, KeyboardInterrupt)
+        if lost:
+            kind, error = KeyboardInterrupt, KeyboardInterrupt()
         footer: dict[str, object] = {"record": "footer", "ended": "complete"}
         if kind is not None:
             footer["ended"] = "interrupted" if issubclass(kind, KeyboardInterrupt) else "error"
@@ -89,6 +99,15 @@ class RunWriter:
             self._append(footer)
         finally:
             self._close()
+        if lost:
+            raise KeyboardInterrupt
+
+    def _interrupted(self) -> bool:
+        return interruptions() > self._interruptions
+
+    def _stop_if_interrupted(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
 
     def _elapsed(self) -> float:
         return round(time.monotonic() - self._started, 3)
