@@ -326,8 +326,17 @@ def test_memory_that_does_not_suffice_sends_layers_to_disk(dtype, memory, packag
         offload_folder=tmp_path,
     )  # fmt: skip
     assert "disk" in model.hf_device_map.values()
+    k_norm, seen = model.model.layers[-1].self_attn.indexer.k_norm, {}
+    assert k_norm.weight.is_meta
+    forward = k_norm._old_forward
+    k_norm._old_forward = lambda x: seen.update(weight=k_norm.weight, bias=k_norm.bias) or forward(x)
     expected = package.DeepseekV32ForCausalLM.from_pretrained(written["fp8"].path, dtype=dtype)(text(L)).logits
     assert torch.equal(model(text(L)).logits, expected)
+    # The logits alone would not show that these, which stay fp32, came back rounded: rarely does it change a selection.
+    for name, tensor in seen.items():
+        true = written["fp8"].true[f"model.layers.{model.config.num_hidden_layers - 1}.self_attn.indexer.k_norm.{name}"]
+        assert torch.equal(tensor, torch.from_numpy(true.copy()))
+    assert set(seen) == {"weight", "bias"}
 
 
 def test_a_checkpoint_can_be_replaced_while_its_model_lives(written, tmp_path):
