@@ -8,7 +8,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,8 +34,15 @@ class Measured:
     update: int
 
 
-def peak_of(run: Callable[[], Any]) -> int:
-    """The most bytes that were allocated at once during `run`, beyond those before it."""
+class Peak(NamedTuple):
+    """Bytes beyond those before a run: the most that were allocated at once during it, and what is left of them."""
+
+    most: int
+    left: int
+
+
+def peak_of(run: Callable[[], Any]) -> Peak:
+    """What `run` allocates. Both are too high by what a thread sets free that torch does not profile (gloo's are)."""
     # Some builds of torch tell the terminal of each profile, at a level above that of errors.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # What is collected during the run would count as set free by it.
@@ -47,7 +54,7 @@ def peak_of(run: Callable[[], Any]) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         most = max(most, live)
-    return most
+    return Peak(most, live)
 
 
 def measure(step: Step, stage: Stage) -> Measured:
@@ -77,10 +84,10 @@ def measure(step: Step, stage: Stage) -> Measured:
     forward_and_backward()
     update()
     model.zero_grad(set_to_none=True)
-    growth = peak_of(forward_and_backward)
+    growth = peak_of(forward_and_backward).most
     held = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     # Gradients are there before the update and after it.
-    beside = peak_of(update)
+    beside = peak_of(update).most
     state = [t for o in optimizers for kept in o.state.values() for t in kept.values() if isinstance(t, torch.Tensor)]
     return Measured(
         sum(p.nbytes for p in model.parameters()), sum(t.nbytes for t in state), growth, held + beside

@@ -1,6 +1,7 @@
 """What a step takes on each of several ranks, for `test_ranks`: module of `harness.ranks.world`."""
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,10 @@ from optimized.distributed.layout import ParallelLayout
 from reference.training import set_trainable, training_loss
 
 from .test_memory import step_of
+
+# gloo's own threads set tensors free without the profiler's seeing it, now and then: such a peak is too high by no more
+# than what seems to be left. Steps are repeated until the bounds that they leave are this close.
+EXACT, TRIES = 1.02, 40
 
 
 def steps(questions: list[list[Any]]) -> list[Step]:
@@ -54,10 +59,16 @@ def _largest(step: Step) -> dict[str, float]:
         training_loss(out, step.trains, 1.0).backward()
 
     forward_and_backward()
-    model.zero_grad(set_to_none=True)
-    growth = peak_of(forward_and_backward)
     weights = sum(p.to_local().nbytes for p in model.parameters())
     found: list[Any] = [None] * step.layout.world
-    dist.all_gather_object(found, (weights, growth))
-    largest_weights, largest_growth = (max(column) for column in zip(*found, strict=True))
-    return {"weights": largest_weights, "growth": largest_growth}
+    low, high = 0, sys.maxsize
+    for _ in range(TRIES):
+        model.zero_grad(set_to_none=True)
+        most, left = peak_of(forward_and_backward)
+        unseen = left - sum(p.grad.to_local().nbytes for p in model.parameters() if p.grad is not None)
+        assert unseen >= 0, f"{-unseen} bytes of the gradients of {step} were allocated unseen."
+        low, high = max(low, most - unseen), min(high, most)
+        dist.all_gather_object(found, (weights, low, high))
+        if all(high <= EXACT * low for _, low, high in found):
+            return {"weights": max(weights for weights, *_ in found), "growth": max(high for *_, high in found)}
+    raise AssertionError(f"After {TRIES} steps the peaks of {step} still lie anywhere in {found} (weights, low, high).")
