@@ -168,10 +168,26 @@ def differing(found: dict[str, torch.Tensor], files: Files, names: dict[str, tor
     )  # fmt: skip
 
 
-def official_files(bench: Bench) -> Answer:
-    """Written in bf16 and FP8: names, dtypes, scales, numbers; read again by the class's from_pretrained.
+def rounded(files: Files, names: dict[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """What a model in bf16 holds of the files' tensors: in bf16, but what the files have in fp32 stays so."""
+    kept = {name: FP32 if dtype == FP32 else BF16 for name, dtype in names.items()}
+    return {name: torch.from_numpy(files.values(name)).to(dtype) for name, dtype in kept.items()}
 
-    Nothing may differ but what FP8 rounds: half a step of three bits, or of the smallest subnormal of the block.
+
+def differing_in_bf16(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(tensors of another dtype, other numbers) in `found`, a bf16 model's state, than `rounded` gives."""
+    pairs = [(of_state(name, found), tensor) for name, tensor in expected.items()]
+    return (
+        float(sum(held.dtype != tensor.dtype for held, tensor in pairs)),
+        float(sum(int((held.float() != tensor.float()).sum()) for held, tensor in pairs)),
+    )
+
+
+def official_files(bench: Bench) -> Answer:
+    """Written in bf16 and FP8: names, dtypes, scales, numbers; read again by the class's from_pretrained, in fp32 and bf16.
+
+    Nothing may differ but what FP8 rounds: half a step of three bits, or of the smallest subnormal of the block; and
+    what a bf16 model rounds, which the index keys' norm and the router bias are not part of.
     """
     base = bench.case.config
     config = DeepseekV32Config(**{**base.to_dict(), **SIZES})
@@ -187,12 +203,14 @@ def official_files(bench: Bench) -> Answer:
             expected = layout(config, format)
             folder = Path(parent) / format
 
-            def save(folder: Path = folder, format: str = format) -> tuple[Files, dict[str, torch.Tensor]]:
+            def save(folder: Path = folder, format: str = format) -> tuple[Files, dict[torch.dtype, Any]]:
                 built: Any = model()
                 files = written_by(built, folder, format)
-                return files, type(built).from_pretrained(folder, dtype=torch.float32).state_dict()
+                read = type(built).from_pretrained
+                return files, {dtype: read(folder, dtype=dtype).state_dict() for dtype in (FP32, BF16)}
 
-            files, again = bench.of_subject(save)
+            files, read = bench.of_subject(save)
+            again = read[FP32]
             scales = {f"{name}_scale_inv": FP32 for name, dtype in expected.items() if dtype == FP8}
             names = expected | scales
             here = {name: tensor.dtype for name, tensor in files.tensors.items()}
@@ -201,6 +219,8 @@ def official_files(bench: Bench) -> Answer:
                 (names.keys() ^ here.keys()) | {n for n in names.keys() & here.keys() if here[n] != names[n]}
             )
             beyond = {name: _beyond(name, files, of_state(name, state)) for name in known}
+            as_bf16 = rounded(files, known)
+            others, numbers = differing_in_bf16(read[BF16], as_bf16)
             reasons += [f"{format}: {strange[0]} is missing, extra or of another dtype"] if strange else []
             reasons += [f"{format}: {name} is not what the model was given" for name in beyond if beyond[name]][:1]
             counts = {
@@ -208,11 +228,13 @@ def official_files(bench: Bench) -> Answer:
                 "tensors of another dtype": sum(here[name] != names[name] for name in names.keys() & here.keys()),
                 "numbers beyond rounding": sum(beyond.values()),
                 "numbers that are read otherwise": differing(again, files, known),
+                "tensors of another dtype, read in bf16": others,
+                "numbers that are read otherwise in bf16": numbers,
             }
             if format == "fp8":
                 told = files.config.get("quantization_config", {})
                 counts["entries of quantization_config"] = sum(told.get(k) != v for k, v in QUANTISATION.items())
-                wrong = _wrong(files, again, known)
+                wrong = _wrong(files, again, known) | _wrong_in_bf16(read[BF16], as_bf16)
             measures += [Measure(f"{format}: {what}", float(count), 0.0) for what, count in counts.items()]
     reasons += [f"{m.name}: {m.value:.0f}" for m in measures if m.value and not reasons]
     return Answer(measures, [NullCandidate(name, rejected) for name, rejected in wrong.items()], "; ".join(reasons))
@@ -239,6 +261,20 @@ def _wrong(files: Files, again: dict[str, torch.Tensor], names: dict[str, torch.
         "no scales": np.ones_like,
     }
     return {name: differing(again, files, names, scales=way) > 0 for name, way in ways.items()}
+
+
+def _wrong_in_bf16(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, bool]:
+    """What a bf16 model could do to the tensors that stay in fp32, and whether each is told apart."""
+    stay = {name for name, tensor in expected.items() if tensor.dtype == FP32}
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "fp32 tensors rounded": lambda w: w.to(BF16).float(),
+        "fp32 tensors held in bf16": lambda w: w.to(BF16),
+        "fp32 tensors left out": torch.zeros_like,
+    }
+    return {
+        name: any(differing_in_bf16({**found, **{n: way(expected[n]) for n in stay}}, expected))
+        for name, way in ways.items()
+    }
 
 
 CHECKS = [
