@@ -17,25 +17,37 @@ _seen = 0
 
 
 def interruptions() -> int:
-    """How often SIGINT has arrived since this process began, inside `remembered`."""
+    """How often SIGINT has arrived since this process began to remember it."""
     return _seen
+
+
+def stop_if_interrupted(since: int) -> None:
+    """Raise KeyboardInterrupt if SIGINT has arrived since `interruptions` was `since`."""
+    if _seen > since:
+        raise KeyboardInterrupt
+
+
+def remember() -> None:
+    """From now on count each SIGINT and raise KeyboardInterrupt as Python does.
+
+    Leaves any other handler than Python's alone. Signals reach the main thread only: in any other there is nothing to
+    count.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _count)
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Count each SIGINT and raise KeyboardInterrupt as Python does. Leaves any other handler than Python's alone.
-
-    Signals reach the main thread only: in any other there is nothing to count.
-    """
+    """`remember`, and Python's own handler again at the end."""
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGINT, _count)
+    remember()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is _count:
+            signal.signal(signal.SIGINT, before)
 
 
 def _count(number: int, frame: FrameType | None) -> None:

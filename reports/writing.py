@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from reports.interrupts import interruptions
+from reports.interrupts import interruptions, stop_if_interrupted
 from reports.schema import (
     SCHEMA_VERSION,
     Measurement,
@@ -66,7 +66,7 @@ class RunWriter:
 
     def write(self, record: Verdict | Measurement) -> None:
         """Append a verdict or a measurement; one that cannot be written raises and leaves the file whole."""
-        self._stop_if_interrupted()
+        stop_if_interrupted(self._interruptions)
         line: dict[str, object] = {item.name: getattr(record, item.name) for item in fields(record)}
         if isinstance(record, Measurement):
             self._append({"record": "measurement", **line})
@@ -78,13 +78,13 @@ class RunWriter:
 
     def event(self, kind: str, /, **data: JSON) -> None:
         """Append an event: something worth a line that is neither a verdict nor a measurement."""
-        self._stop_if_interrupted()
+        stop_if_interrupted(self._interruptions)
         self._append({"record": "event", "kind": kind, "at": self._elapsed(), "data": data})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lost = self._interrupted() and not isinstance(error, KeyboardInterrupt)
+        lost = interruptions() > self._interruptions and not isinstance(error, KeyboardInterrupt)
         if lost:
             kind, error = KeyboardInterrupt, KeyboardInterrupt()
         footer: dict[str, object] = {"record": "footer", "ended": "complete"}
@@ -100,13 +100,6 @@ class RunWriter:
         finally:
             self._close()
         if lost:
-            raise KeyboardInterrupt
-
-    def _interrupted(self) -> bool:
-        return interruptions() > self._interruptions
-
-    def _stop_if_interrupted(self) -> None:
-        if self._interrupted():
             raise KeyboardInterrupt
 
     def _elapsed(self) -> float:

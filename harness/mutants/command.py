@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,16 +107,20 @@ def run_mutants(
     # products are several times slower where numpy's BLAS shares them among threads.
     os.environ |= {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), matrix.start_worker) as pool:
+
+        def submit(work: Callable[..., T], *args: Any) -> Future[T]:
+            return pool.submit(matrix.unless_interrupted, work, *args)
+
         try:
             alone, together = ([m for m in chosen if ranked.needs_ranks(m) is needed] for needed in (False, True))
             clean = {
-                kind: pool.submit(matrix.pass_of_unpatched, kind[0], without, kind[1])
+                kind: submit(matrix.pass_of_unpatched, kind[0], without, kind[1])
                 for kind in dict.fromkeys(map(_kind, alone))
             }
             # One world of ranks for all its mutants, and first, because it is the longest.
-            world = pool.submit(_timed, ranked.compared, [m.name for m in together]) if together else None
-            killed = {pool.submit(_timed, pass_of_mutant, m.name, without): m for m in alone}
-            alarms = [pool.submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
+            world = submit(_timed, ranked.compared, [m.name for m in together]) if together else None
+            killed = {submit(_timed, pass_of_mutant, m.name, without): m for m in alone}
+            alarms = [submit(pass_of_right, seed, without) for seed in HELD_OUT[:seeds]]
             started("the model without a patch", "")
             unpatched = {kind: future.result() for kind, future in clean.items()}
             wrong: list[Pass] = []

@@ -5,17 +5,19 @@ A pass is one subject on one seed. The oracle of a seed is made once in each pro
 
 import atexit
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 import optimized
 from reference import DeepseekV32Config
+from reports.interrupts import interruptions, remember, stop_if_interrupted
 from reports.schema import FAILING, Status, Verdict
 
 from ..cases import CASE_NAMES, calibrated_state
@@ -29,6 +31,8 @@ from .catalogue import MUTANTS
 from .mutant import Mutant
 from .patching import patched_copy
 from .ranked import needs_ranks
+
+T = TypeVar("T")
 
 CONFIG = "tiny"
 # The weights and the text that mutants are tried on; budgets were set on seeds 0-19, false alarms are counted elsewhere.
@@ -196,9 +200,10 @@ def one_pass(
     """Every check on `subject`, but those named in `without`; `number` as in `plans`."""
     statuses: dict[str, Status] = {}
     reasons: dict[str, str] = {}
-    count, seconds = 0, 0.0
+    count, seconds, before = 0, 0.0, interruptions()
     for plan in plans(subject, seed, without, number):
         for verdict in run(plan, _Quiet(), oracles):
+            stop_if_interrupted(before)
             count, seconds = count + 1, seconds + verdict.seconds
             held = statuses.get(verdict.check)
             if held is None or _severity(verdict.status) > _severity(held):
@@ -224,12 +229,19 @@ def _oracles_of(subject: Subject) -> Oracles:
 
 
 def start_worker() -> None:
-    """Prepare a process that runs passes: one thread, and nothing printed."""
+    """Prepare a process that runs passes: one thread, and nothing printed; Ctrl-C reaches it as well as the command."""
+    remember()
     torch.set_num_threads(1)
     # Where a mutant divides by nothing, numpy says so beside the interpreter's result, which the checks judge.
     warnings.filterwarnings("ignore", module="triton.runtime.interpreter")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def unless_interrupted(work: Callable[..., T], *args: Any) -> T:
+    """What `work` answers, in a worker. After Ctrl-C it begins nothing more: a pool hands on what it has handed out."""
+    stop_if_interrupted(0)
+    return work(*args)
 
 
 def pass_of_mutant(name: str, without: frozenset[str] = frozenset()) -> Pass:

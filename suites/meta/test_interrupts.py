@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import transformers
 from harness import cli, runner
 from harness.checks import Check
 from harness.cli import INTERRUPTED, main
+from harness.mutants import matrix
+from harness.subjects import resolve_subject
 from reports.interrupts import interruptions, remembered
 from reports.records import RunWriter, Status, Verdict, read_run
 
@@ -138,6 +142,28 @@ def test_an_error_of_its_own_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "read_run", broken)
     with pytest.raises(LookupError):
         main(["report", "somewhere"])
+
+
+def test_a_worker_of_the_mutants_begins_nothing_after_ctrl_c():
+    with ProcessPoolExecutor(1, get_context("spawn"), matrix.start_worker) as pool:
+        assert pool.submit(matrix.unless_interrupted, abs, -1).result() == 1
+        ended = [pool.submit(matrix.unless_interrupted, work) for work in (swallowed, os.getpid)]
+        ended[0].result()
+        with pytest.raises(KeyboardInterrupt):
+            ended[1].result()
+
+
+def test_a_pass_ends_with_the_check_that_was_interrupted(monkeypatch):
+    ran = []
+
+    def check(bench):
+        ran.append(bench)
+        return translated()
+
+    monkeypatch.setattr(matrix, "CHECKS", [Check(f"finite.{i}", "finite", check) for i in range(3)])
+    with remembered(), pytest.raises(KeyboardInterrupt):
+        matrix.one_pass(resolve_subject("reference"), 0)
+    assert len(ran) == 1
 
 
 def test_pythons_handler_is_back_afterwards():
