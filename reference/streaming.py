@@ -170,6 +170,10 @@ def prepare(
             raise ValueError(
                 f"{name} is {arguments[name]!r}; this model reads safetensors in the official layout and nothing else, never a pickle or code: leave it out."
             )
+    if arguments.get("offload_buffers"):
+        raise ValueError(
+            "offload_buffers is True; it must be False, which is the default: the router bias is read between the calls of modules, where nothing brings it back, and all buffers of DeepSeek V3.2 are 60 KB."
+        )
     directory = _locate(path, arguments)
     if config is None:
         config = read_config(directory)

@@ -302,6 +302,14 @@ def test_an_argument_that_would_read_something_else_is_named(argument, value, di
     assert_refused(directory, sentence, **{argument: value})
 
 
+def test_buffers_on_the_disk_are_refused(directory, tmp_path):
+    how = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "off"}
+    assert_refused(directory, "offload_buffers is True; it must be False", **how, offload_buffers=True)
+    assert (
+        reference.DeepseekV32ForCausalLM.from_pretrained(directory, **how, offload_buffers=False).device.type == "meta"
+    )
+
+
 @pytest.mark.parametrize("load", [reference.load_model_for_sft, optimized.load_model_for_sft])
 def test_what_is_no_checkpoint_is_named(load, directory, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
