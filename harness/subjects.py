@@ -25,6 +25,7 @@ import optimized
 import optimized.ops
 import reference
 from reference import DeepseekV32Config
+from reference.checkpoint import is_fp32
 
 # What a subject may declare, and what a report says when it does not.
 MODEL_CAPABILITIES: dict[str, str] = {
@@ -121,7 +122,7 @@ def load_weights(
     model_class: type[Any], config: DeepseekV32Config, state: Mapping[str, torch.Tensor], device: torch.device,
     dtype: torch.dtype | None,
 ) -> nn.Module:  # fmt: skip
-    """A model of `model_class` that holds copies of `state` in `dtype`, the router bias in at least fp32.
+    """A model of `model_class` that holds copies of `state` in `dtype`; router bias and k_norm in at least fp32.
 
     With None for `dtype` it holds the tensors of `state` themselves, as far as they are on `device`.
     A class with a config class of its own (a copy of ours that was changed) gets the same fields in that.
@@ -134,10 +135,9 @@ def load_weights(
     if dtype is None:
         held = {name: value.detach().to(device) for name, value in state.items()}
     else:
-        bias_dtype = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
         held = {
-            name: value.detach().clone().to(device, bias_dtype if name.endswith("e_score_correction_bias") else dtype)
-            for name, value in state.items()
+            name: value.detach().clone().to(device, wide if is_fp32(name) else dtype) for name, value in state.items()
         }
     model.load_state_dict(held, strict=True, assign=True)
     # The rotary table is not part of the state: it is computed where it is needed.

@@ -32,9 +32,7 @@ class LightningIndexer(nn.Module):
         self.rotate = rotate_interleaved if config.indexer_rope_interleaved else rotate_half_split
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        # fp32 in a model that is built in bf16 too: weights that wait on the disk come back in the dtype that this has.
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.k_norm = WideLayerNorm(self.head_dim, eps=K_NORM_EPS, dtype=wide)
+        self.k_norm = WideLayerNorm(self.head_dim, eps=K_NORM_EPS)
         self.weights_proj = WideLinear(config.hidden_size, self.n_heads, bias=False)
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

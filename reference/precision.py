@@ -48,12 +48,30 @@ class WideLinear(nn.Linear):
 
 
 class WideLayerNorm(nn.LayerNorm):
-    """A layer norm that computes and answers in at least fp32, whatever dtype it is stored in."""
+    """A layer norm that computes and answers in at least fp32, and keeps its parameters so in a model in bf16.
+
+    It is the index keys' (spec 2, step 4): rounded, its weight and bias alone change which keys a quarter of the rows
+    of `tiny` choose.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        super().__init__(width, eps=eps, dtype=wide)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "WideLayerNorm":
+        # `model.to(bfloat16)` comes through here.
+        super()._apply(lambda held: _not_rounded(held, fn(held)), recurse)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape of `x`, in at least fp32."""
         x = at_least_fp32(x)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def _not_rounded(held: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """`moved`, or `held` on its device in fp32 where `moved` has fewer bits and `held` has not."""
+    return held.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 <= held.dtype.itemsize else moved
 
 
 @without_autocast

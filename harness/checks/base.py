@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from reference import Decisions, DeepseekV32Config
+from reference.checkpoint import is_fp32
 from reference.training import train_only_indexer
 from reports.schema import Measure, NullCandidate
 
@@ -54,7 +55,8 @@ class Oracle:
     """The reference in fp64 on one case: the tape, and what everything is measured against.
 
     It holds the weights as rounded to the subject's dtype, so that what is compared is arithmetic: rounding of the
-    weights is an error that all models share, and it would be most of a bf16 budget.
+    weights is an error that all models share, and it would be most of a bf16 budget. What official files hold in fp32,
+    and a model in bf16 must not round, is not rounded: the index keys' norm and the router bias.
 
     `lean` is for models that leave no room for the reference's L×S tensors, nor for gradients of all weights: the same
     formulas run some rows at a time, the fp64 model is not kept, and only the indexer is trainable.
@@ -65,7 +67,7 @@ class Oracle:
     ) -> None:
         self.case, self.device, self.dtype, self.lean = case, device, dtype, lean
         self._remembered: dict[object, Any] = {}
-        self.state = {n: t if n.endswith("e_score_correction_bias") else t.to(dtype).float() for n, t in state.items()}
+        self.state = {n: t if is_fp32(n) else t.to(dtype).float() for n, t in state.items()}
 
     @property
     def model(self) -> nn.Module:

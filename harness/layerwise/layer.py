@@ -37,7 +37,7 @@ class NoSuchPartError(ValueError):
 
 
 class LayerFiles:
-    """A checkpoint whose layers are read one at a time, in `dtype` on `device`; the router bias in fp32."""
+    """A checkpoint whose layers are read one at a time, in `dtype` on `device`; router bias and k_norm in fp32."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Check every header against the config.

@@ -112,8 +112,7 @@ class Job:
         model_class, dtype = MODELS[self.request.model], DTYPES[self.request.dtype]
         torch.manual_seed(self.request.seed)
         if self.weights is not None:
-            # In one dtype throughout; the loader would keep some tensors of a bf16 model in fp32, as inference wants.
-            model = model_class.from_pretrained(self.weights, dtype=torch.float32)
+            model = model_class.from_pretrained(self.weights, dtype=dtype)
         else:
             model = model_class(self.config)
         model = model.to(self.device, dtype)

@@ -19,6 +19,7 @@ from optimized.experts import Experts
 from optimized.linear import is_linear
 from optimized.model import DeepseekV32Attention, DeepseekV32ForCausalLM
 from reference.moe import Gate, SwiGLU
+from reference.precision import WideLayerNorm
 
 from .layout import ParallelLayout, Ranks, connect
 from .model import ParallelForCausalLM, ParallelModel
@@ -109,15 +110,27 @@ def _cut(module: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
 
 
 def _shard(model: DeepseekV32ForCausalLM, ranks: Ranks) -> None:
-    """FSDP2 on every layer, on cut experts by themselves, and on what is left."""
+    """FSDP2 on every layer, on cut experts and, in a model of 16 bits, k_norm by themselves, and on what is left."""
     low = model.dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if low else None)
     data, replica = ranks.tokens["data"], ranks.experts["replica"]
+    before: FSDPModule | None = None
     for layer in model.model.layers:
+        large: list[FSDPModule] = []
         for module in layer.modules():
             if isinstance(module, ParallelExperts):
                 fully_shard(module, mesh=replica, mp_policy=policy, shard_placement_fn=_beside_the_cut)
+                large.append(cast(FSDPModule, module))
+            # What FSDP gathers at once has one dtype.
+            elif isinstance(module, WideLayerNorm) and module.weight.dtype != model.dtype:
+                fully_shard(module, mesh=data, mp_policy=policy)
         fully_shard(layer, mesh=data, mp_policy=policy, shard_placement_fn=_beside_the_cut)
+        large.append(cast(FSDPModule, layer))
+        # By itself a backward would prefetch k_norm's few numbers, and the layer before only once these are reached.
+        for module, following in zip(large, [before, *large], strict=False):
+            if following is not None:
+                module.set_modules_to_backward_prefetch([following])
+        before = large[-1]
     # Outside of a forward and a backward `model.parameters()` are the shards, also after a forward without a backward.
     fully_shard(model, mesh=data, mp_policy=policy, shard_placement_fn=_beside_the_cut, reshard_after_forward=True)
     for module in model.modules():

@@ -98,12 +98,16 @@ class IndexerOperators(LightningIndexer):
         nn.Module.__init__(self)
 
     def widen(self, config: Any) -> None:
-        """Called once the modules are there: head weights and the key norm compute in at least fp32 from now on."""
+        """Called once the modules are there: head weights and the key norm compute in at least fp32 from now on.
+
+        The key norm keeps its parameters in it, too.
+        """
         interleaved = getattr(config, "indexer_rope_interleaved", self.interleaved)
         self.rotate = rotate_interleaved if interleaved else rotate_half_split
         self.rope_dim = config.qk_rope_head_dim
         self.weights_proj.__class__ = WideLinear
-        self.k_norm.__class__ = WideLayerNorm
+        # Built in the dtype of the model, which from_pretrained would round its parameters to.
+        self.k_norm.to(torch.promote_types(self.k_norm.weight.dtype, torch.float32)).__class__ = WideLayerNorm
 
 
 class LatentAttention(BlockwiseAttention):

@@ -223,6 +223,37 @@ def test_casting_a_model_does_not_round_its_router_bias(model_class, dtype, kept
     assert torch.equal(gate.e_score_correction_bias.float(), before)
 
 
+@both_models
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_casting_a_model_does_not_round_its_key_norm(model_class, dtype, kept):
+    model = build(model_class, torch.float32)
+    k_norm = model.model.layers[1].self_attn.indexer.k_norm
+    k_norm.weight.grad = torch.full_like(k_norm.weight, 1 / 3)
+    before = {name: p.detach().clone() for name, p in k_norm.named_parameters()}
+    model.to(dtype)
+    for name, p in k_norm.named_parameters():
+        assert p.dtype == kept
+        assert torch.equal(p.float(), before[name])
+    assert k_norm.weight.grad.dtype == kept
+    assert model.model.layers[1].self_attn.indexer.wk.weight.dtype == dtype
+    # It can be rounded, and then other keys are chosen: what is kept matters.
+    assert not torch.equal(before["weight"].to(torch.bfloat16).float(), before["weight"])
+
+
+@both_models
+def test_a_model_that_is_built_in_bf16_has_its_key_norm_in_fp32(model_class):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = model_class(tiny())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    indexer = model.model.layers[0].self_attn.indexer
+    assert {p.dtype for p in indexer.k_norm.parameters()} == {torch.float32}
+    assert indexer.wk.weight.dtype == torch.bfloat16
+
+
 def test_interleaved_and_half_split_turn_different_pairs():
     cos, sin = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     x = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -179,6 +179,22 @@ def test_checkpoints_travel_both_ways(family, tmp_path):
         assert torch.equal(plugged(ids).logits, ours(ids).logits)
 
 
+@two_families
+def test_a_model_that_is_read_in_bf16_keeps_its_key_norm_in_fp32(family, tmp_path):
+    theirs = built(family, plugged=False)
+    theirs.save_pretrained(tmp_path)
+    with optimized.plug_into_transformers():
+        plugged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    plain = construct(family).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    true, kept, rounded = (model.model.layers[0].self_attn.indexer.k_norm for model in (theirs, plugged, plain))
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(kept, name), getattr(true, name))
+        # transformers' own rounds it: docs/findings-transformers.md, 18.
+        assert torch.equal(getattr(rounded, name), getattr(true, name).bfloat16())
+    assert plugged.dtype == torch.bfloat16
+    assert torch.equal(plugged.to(torch.float16).model.layers[0].self_attn.indexer.k_norm.weight, true.weight)
+
+
 def test_our_classes_build_nothing_while_the_plug_in_is_out():
     for cls in (deepseek_v32.DeepseekV32Model, deepseek_v32.DeepseekV32ForCausalLM):
         with pytest.raises(RuntimeError, match="which is not in: its parts would be transformers' own"):

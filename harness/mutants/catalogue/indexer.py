@@ -66,6 +66,11 @@ MUTANTS = [
     bug("A14", "head-weights-in-bfloat16", "optimized", "weights_proj runs in bf16.", "sglang #13459; axolotl #3832",
         (INDEXER, _WEIGHTS, "w = torch.nn.functional.linear(x_BLM.bfloat16(), self.weights_proj.weight.bfloat16())\n"
                             "        return w.float() * (self.n_heads**-0.5 * self.head_dim**-0.5)")),
+    bug("A14", "key-norm-in-the-models-dtype", "optimized", "k_norm's weight and bias are rounded to the model's dtype.",
+        "transformers 5.17 to 5.23: docs/findings-transformers.md, 18",
+        ("reference/precision.py", "x = at_least_fp32(x)\n        return F.layer_norm(x, self.normalized_shape, "
+         "self.weight.to(x.dtype), self.bias.to(x.dtype)", "low, x = x.dtype, at_least_fp32(x)\n        return F.layer_norm(x, "
+         "self.normalized_shape, self.weight.to(low).to(x.dtype), self.bias.to(low).to(x.dtype)")),
     bug("A15", "no-relu", "reference", "Negative dot products count.", "mlx-lm #531; ms-swift #8085",
         (INDEXER, _SUM, _SUM.replace("dots_BLJS.relu()", "dots_BLJS"))),
     bug("A15", "no-relu-in-the-operator", "optimized", "The same in the fused scores.", "mlx-lm #531",
