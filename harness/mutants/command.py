@@ -23,6 +23,7 @@ from . import matrix, ranked
 from .coverage import coverage
 from .matrix import HELD_OUT, RIGHT, SEED, Pass, pass_of_mutant, pass_of_right, select_mutants
 from .mutant import Mutant
+from .patching import patched_sources
 
 T = TypeVar("T")
 FAMILY = "mutants"
@@ -46,7 +47,7 @@ def check_request(request: Request) -> tuple[list[Mutant], frozenset[str]]:
     """The mutants, and the checks that are turned off.
 
     Raises:
-        ValueError: a name that is unknown, or a number out of range.
+        ValueError: a name that is unknown, a number out of range, or a patch that does not fit the code of today.
     """
     mutants = select_mutants([word for word in request.only.split(",") if word])
     without = frozenset(word for word in request.without.split(",") if word)
@@ -58,6 +59,8 @@ def check_request(request: Request) -> tuple[list[Mutant], frozenset[str]]:
         raise ValueError(f"--seeds is {request.seeds}; it must be 0 … {len(HELD_OUT)}.")
     if request.jobs < 0:
         raise ValueError(f"--jobs is {request.jobs}; it must be 0 (one a core) or more.")
+    for mutant in mutants:
+        patched_sources(mutant.patches)
     return mutants, without
 
 

@@ -3,7 +3,7 @@
 from ..mutant import bug
 
 NAMES, BLOCKS = "reference/checkpoint.py", "reference/fp8_blocks.py"
-MODEL, INDEXER, MOE = "reference/model.py", "reference/indexer.py", "reference/moe.py"
+MODEL, PRECISION, MOE = "reference/model.py", "reference/precision.py", "reference/moe.py"
 _WIDE = '_keep_in_fp32_modules_strict = ["e_score_correction_bias", "k_norm"]'
 _SAVED = "scaled_OI = wide_OI / scale_PQ[p].repeat_interleave(BLOCK)[:columns]"
 
@@ -15,7 +15,7 @@ MUTANTS = [
     bug("D15", "index-norm-in-bf16", "reference", "The index keys' norm is written in bf16, and rounded.", "neighbour of D15",
         (NAMES, '("k_norm.weight", "k_norm.bias", "e_score_correction_bias")', '("e_score_correction_bias",)')),
     bug("D15", "index-norm-read-in-bf16", "reference", "A model in bf16 reads the index keys' norm in bf16, and rounds it.",
-        "transformers 5.23: docs/findings-transformers.md, 18", (INDEXER, "eps=K_NORM_EPS, dtype=wide", "eps=K_NORM_EPS"),
+        "transformers 5.23: docs/findings-transformers.md, 18", (PRECISION, "eps=eps, dtype=wide)", "eps=eps)"),
         (MODEL, _WIDE, _WIDE.replace(', "k_norm"', ""))),
     bug("E08", "router-bias-read-in-bf16", "reference", "A model in bf16 reads the router bias through bf16.", "DeepSeek-V3 4592be4",
         (MOE, "torch.zeros(config.n_routed_experts, dtype=torch.float32)", "torch.zeros(config.n_routed_experts)"),
