@@ -209,6 +209,15 @@ def test_mutants_are_selected_by_name_entry_and_group():
         select_mutants(["Z99"])
 
 
+def test_a_patch_that_no_longer_fits_is_named_before_anything_runs(monkeypatch):
+    stale = bug("", "stale", "reference", "What was there once.", "generic", ("reference/moe.py", "what was there", ""))
+    monkeypatch.setattr(matrix, "MUTANTS", [*MUTANTS, stale])
+    with pytest.raises(
+        ValueError, match="A patch of reference/moe.py must match exactly once, but 'what was there' occurs 0"
+    ):
+        command.check_request(command.Request(only="stale"))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -219,15 +228,6 @@ def test_mutants_are_selected_by_name_entry_and_group():
         (["--jobs", "-1"], "--jobs is -1"),
     ],
 )
-def test_a_patch_that_no_longer_fits_is_named_before_anything_runs(monkeypatch):
-    stale = bug("", "stale", "reference", "What was there once.", "generic", ("reference/moe.py", "what was there", ""))
-    monkeypatch.setattr(matrix, "MUTANTS", [*MUTANTS, stale])
-    with pytest.raises(
-        ValueError, match="A patch of reference/moe.py must match exactly once, but 'what was there' occurs 0"
-    ):
-        command.check_request(command.Request(only="stale"))
-
-
 def test_wrong_use_is_one_sentence_and_exit_code_2(words, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["mutants", *words, "--out", str(tmp_path / "out")])
